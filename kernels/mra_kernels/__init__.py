@@ -1,0 +1,18 @@
+"""Multi-resolution attention (MRA) operators: torch only, no transformers."""
+
+from mra_kernels.api import MraResult, mra_attention
+from mra_kernels.config import PRESETS, MraAttentionConfig
+from mra_kernels.exact import exact_attention, exact_with_lse
+from mra_kernels.masks import AttentionMask
+from mra_kernels.scores import ScoreRule
+
+__all__ = [
+    "PRESETS",
+    "AttentionMask",
+    "MraAttentionConfig",
+    "MraResult",
+    "ScoreRule",
+    "exact_attention",
+    "exact_with_lse",
+    "mra_attention",
+]

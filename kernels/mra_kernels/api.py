@@ -1,0 +1,156 @@
+"""The one door to the operator: checks, then dispatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from mra_kernels.config import MraAttentionConfig
+from mra_kernels.layout import BlockLayout
+from mra_kernels.masks import AttentionMask
+from mra_kernels.reference import mra_reference
+from mra_kernels.scores import ScoreRule
+from mra_kernels.selection import Selection
+
+Impl = Literal["auto", "reference"]
+
+
+@dataclass(frozen=True, eq=False)
+class MraResult:
+    """What one call computed.
+
+    Attributes:
+        output: ``[B, H, N, Dv]``, dtype of ``value``.
+        lse: Log-sum-exp of the exactly computed logits, ``[B, H, N]``; -inf for rows with none.
+        selection: Which blocks were exact, and the density reached.
+        impl: The implementation that ran.
+    """
+
+    output: Tensor
+    lse: Tensor
+    selection: Selection
+    impl: str
+
+
+def mra_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: MraAttentionConfig,
+    mask: AttentionMask | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    impl: Impl = "auto",
+) -> MraResult:
+    """Multi-resolution attention (arXiv 2207.10284) on any shape, mask and head grouping.
+
+    Args:
+        query: ``[B, H, N, D]``, any float dtype.
+        key: ``[B, Hkv, M, D]``, Hkv dividing H; not repeated for grouped queries.
+        value: ``[B, Hkv, M, Dv]``.
+        config: Resolutions, budget, coarse term, priors.
+        mask: Who may see whom; None: everyone.
+        scaling: Factor on ``q . k``; None: ``D ** -0.5``.
+        softcap: Soft-cap of the logits.
+        sinks: Logits that only feed the denominator, ``[H]``.
+        bias: Added to the logits, ``[B or 1, H or 1, N, M]``.
+        impl: ``reference`` (plain torch, every device and dtype), or ``auto``: the best one here,
+            named in the result.
+
+    Raises:
+        ValueError: Shapes, dtypes, mask or grid do not fit together.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
+    _check(query, key, value, mask, sinks, bias)
+    mask = mask or AttentionMask.full(query.shape[2], key.shape[2], device=query.device)
+    layout = None
+    if config.grid is not None:
+        layout = _image_layout(query, key, mask, bias, config)
+        query, key, value = (layout.blocked(x) for x in (query, key, value))
+        slots = layout.filled.numel()
+        filled = layout.filled[None].expand(query.shape[0], -1)
+        mask = AttentionMask.full(slots, slots, device=query.device).with_padding(filled, filled)
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, bias)
+    output, lse, selection = mra_reference(query, key, value, mask, config, rule, sinks)
+    if layout is not None:
+        output, lse = layout.restored(output), layout.restored(lse)
+    return MraResult(output, lse, selection, "reference")
+
+
+def _image_layout(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    bias: Tensor | None,
+    config: MraAttentionConfig,
+) -> BlockLayout:
+    assert config.grid is not None
+    if query.shape[2] != key.shape[2] or not mask.is_full or bias is not None:
+        raise ValueError(
+            "grid is for unmasked self-attention over the tokens of an image, without bias; got "
+            f"{query.shape[2]} queries, {key.shape[2]} keys, "
+            f"{'no mask' if mask.is_full else 'a mask'}, {'no' if bias is None else 'a'} bias; "
+            "leave grid out of the config here"
+        )
+    return BlockLayout.image(query.shape[2], config.grid, config.resolutions, query.device)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be a float tensor [batch, heads, length, head_dim], got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} must not be empty, got {list(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must have dtype {query.dtype} on {query.device} like query, got "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+    batch, heads, n_queries, dim = query.shape
+    kv_heads, n_keys = key.shape[1], key.shape[2]
+    if key.shape[0] != batch or key.shape[3] != dim or heads % kv_heads:
+        raise ValueError(
+            f"key must have shape [{batch}, a divisor of {heads}, length, {dim}] to fit query "
+            f"{list(query.shape)}, got {list(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have shape [{batch}, {kv_heads}, {n_keys}, any] to fit key "
+            f"{list(key.shape)}, got {list(value.shape)}"
+        )
+    if mask is not None and (mask.n_queries, mask.n_keys) != (n_queries, n_keys):
+        raise ValueError(
+            f"mask must cover {n_queries} queries x {n_keys} keys, got {mask.n_queries} x "
+            f"{mask.n_keys}"
+        )
+    if mask is not None and mask.start.shape[0] not in (1, batch):
+        raise ValueError(f"mask must be for a batch of {batch} or 1, got {mask.start.shape[0]}")
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape [{heads}], got {list(sinks.shape)}")
+    if bias is not None:
+        expected = (batch, heads, n_queries, n_keys)
+        fits = bias.ndim == 4 and all(
+            a == b or (a == 1 and i < 2)
+            for i, (a, b) in enumerate(zip(bias.shape, expected, strict=True))
+        )
+        if not fits:
+            raise ValueError(
+                f"bias must have shape [{batch} or 1, {heads} or 1, {n_queries}, {n_keys}], got "
+                f"{list(bias.shape)}"
+            )

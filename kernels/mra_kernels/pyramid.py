@@ -1,0 +1,43 @@
+"""Masked block means of queries, keys and values at every resolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_pyramid(
+    tokens: Tensor, valid: Tensor | None, sides: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """Means over the real tokens of each block, built recursively from fine to coarse.
+
+    ``mean(q . k) == mean(q) . mean(k)`` over a block pair, so pooled scores are exact block means
+    of the logits (arXiv 2207.10284, section 3).
+
+    Args:
+        tokens: ``[G, H, n, d]``, n a multiple of every side.
+        valid: False for padding, bool ``[G or 1, n]``; None: all real.
+        sides: Block sides from coarse to fine; a side of 1 is skipped.
+
+    Returns:
+        For each side above 1 the means ``[G, H, n / side, d]``; 0 for blocks without a real token.
+    """
+    sums = tokens if valid is None else tokens * valid[:, None, :, None]
+    counts = None if valid is None else valid.to(tokens.dtype)
+    pyramid: dict[int, Tensor] = {}
+    done = 1
+    for side in sorted(side for side in sides if side > 1):
+        sums = sums.unflatten(2, (-1, side // done)).sum(3)
+        if counts is None:
+            pyramid[side] = sums / side
+        else:
+            counts = counts.unflatten(1, (-1, side // done)).sum(2)
+            pyramid[side] = sums / counts.clamp(min=1)[:, None, :, None]
+        done = side
+    return pyramid
+
+
+def pad_blocks(tokens: Tensor, side: int) -> Tensor:
+    """Zeros appended along dimension 2 until its length is a multiple of ``side``."""
+    missing = -tokens.shape[2] % side
+    return torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens

@@ -1,0 +1,285 @@
+"""MRA attention in plain torch: the specification every other implementation is held to.
+
+Any float dtype (half types are computed in float32, float64 stays float64), any device, autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mra_kernels.config import MraAttentionConfig
+from mra_kernels.masks import AttentionMask
+from mra_kernels.pyramid import block_pyramid, pad_blocks
+from mra_kernels.scores import ScoreRule, gather_bias
+from mra_kernels.selection import BlockPairs, Selection, select_blocks
+
+_CHUNK_FLOATS = 1 << 22
+"""Gathered numbers in flight at once: bounds each temporary to a few tens of MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxPart:
+    """An unnormalised softmax over part of the keys: ``output = weighted / mass``.
+
+    Attributes:
+        peak: Stabiliser, ``[R, side]``; -inf where the part is empty.
+        mass: Sum of ``exp(logit - peak)``, ``[R, side]``.
+        weighted: The same sum weighted by the values, ``[R, side, Dv]``.
+    """
+
+    peak: Tensor
+    mass: Tensor
+    weighted: Tensor
+
+    def merge(self, other: SoftmaxPart) -> SoftmaxPart:
+        """Both parts as one."""
+        peak = torch.maximum(self.peak, other.peak)
+        base = peak.masked_fill(peak == -torch.inf, 0.0)
+        mine, theirs = torch.exp(self.peak - base), torch.exp(other.peak - base)
+        return SoftmaxPart(
+            peak,
+            self.mass * mine + other.mass * theirs,
+            self.weighted * mine[..., None] + other.weighted * theirs[..., None],
+        )
+
+    def flat(self) -> SoftmaxPart:
+        """With one row per query: ``[R * side]``."""
+        return SoftmaxPart(
+            self.peak.flatten(0, 1), self.mass.flatten(0, 1), self.weighted.flatten(0, 1)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Operands:
+    """Inputs cut into blocks of one side, flattened over batch and heads."""
+
+    query: Tensor  # [B * H, rows, side, D]
+    key: Tensor  # [B * Hkv, cols, side, D]
+    value: Tensor  # [B * Hkv, cols, side, Dv]
+    heads: int
+    group: int
+
+    @property
+    def rows(self) -> int:
+        return self.query.shape[1]
+
+
+def mra_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    config: MraAttentionConfig,
+    rule: ScoreRule,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Selection]:
+    """MRA attention.
+
+    Args:
+        query: ``[B, H, N, D]``.
+        key: ``[B, Hkv, M, D]``, Hkv dividing H.
+        value: ``[B, Hkv, M, Dv]``.
+        mask: Who may see whom; N x M.
+        config: The operator.
+        rule: Scaling, soft-cap and bias.
+        sinks: Logits that only feed the denominator, ``[H]``, or None.
+
+    Returns:
+        Output ``[B, H, N, Dv]``, the log-sum-exp of the exactly computed logits ``[B, H, N]``
+        (-inf where a row has none), and the selection.
+    """
+    batch_size, heads, n_queries, _ = query.shape
+    dtype = query.dtype if query.dtype == torch.float64 else torch.float32
+    coarsest = config.resolutions[0]
+    q, k, v = (pad_blocks(x.to(dtype), coarsest) for x in (query, key, value))
+    query_valid, key_valid = _pooled_tokens(mask, q.shape[2], k.shape[2], coarsest)
+    pooled_q = block_pyramid(q, query_valid, config.resolutions)
+    pooled_k = block_pyramid(k, key_valid, config.resolutions)
+    selection = select_blocks(pooled_q, pooled_k, mask, config, rule)
+
+    def cut(side: int) -> _Operands:
+        blocks = (x.unflatten(2, (-1, side)).flatten(0, 1) for x in (q, k, v))
+        return _Operands(*blocks, heads=heads, group=heads // key.shape[1])
+
+    fine = _exact_part(cut(selection.fine.side), selection.fine, mask, rule).flat()
+    total = fine
+    if selection.coarse:
+        pooled_v = block_pyramid(v, key_valid, config.resolutions)
+    for pairs in selection.coarse:
+        _, counts = mask.block_sizes(pairs.side, batch_size)
+        means = pooled_k[pairs.side].flatten(0, 1), pooled_v[pairs.side].flatten(0, 1)
+        per_query = config.coarse == "per_query"
+        part = _coarse_part(cut(pairs.side), pairs, *means, counts, mask, rule, per_query)
+        total = total.merge(part.flat())
+    total = _with_sinks(total, sinks, heads, batch_size)
+
+    def rows(flat: Tensor) -> Tensor:
+        return flat.unflatten(0, (batch_size, heads, -1))[:, :, :n_queries]
+
+    empty = total.mass == 0
+    output = total.weighted / total.mass.masked_fill(empty, 1.0)[..., None]
+    # Rows that may see nothing: the mean of the values, never zeros or NaN.
+    mean = _mean_value(v, key_valid, n_keys=key.shape[2]).repeat_interleave(
+        heads // key.shape[1], dim=1
+    )
+    output = torch.where(rows(empty)[..., None], mean, rows(output))
+    lse = fine.peak + fine.mass.log()
+    return output.to(value.dtype), rows(lse), selection
+
+
+def _exact_part(
+    ops: _Operands, pairs: BlockPairs, mask: AttentionMask, rule: ScoreRule
+) -> SoftmaxPart:
+    """Softmax over the entries of ``pairs``."""
+    side = pairs.side
+    inner = torch.arange(side, device=pairs.head.device)
+    done = _Rows(ops)
+    for row, pick, real in _row_lists(pairs, ops.rows, side * max(side, ops.key.shape[-1])):
+        head, block = row // ops.rows, row % ops.rows
+        kv, col = (head // ops.group)[:, None], pairs.col[pick]
+        dots = ops.query[head, block] @ ops.key[kv, col].flatten(1, 2).transpose(1, 2)
+        at_key = (col[:, :, None] * side + inner).clamp(max=mask.n_keys - 1)
+        at_query = (block[:, None] * side + inner).clamp(max=mask.n_queries - 1)
+        bias = gather_bias(
+            rule.bias,
+            (head // ops.heads)[:, None, None],
+            (head % ops.heads)[:, None, None],
+            at_query[:, :, None],
+            at_key.flatten(1)[:, None],
+        )
+        visible = real[:, None, :, None].expand(-1, side, -1, side)
+        cut = real & (pairs.legal[pick] < side * side)
+        if bool(cut.any()):
+            visible = visible.clone()
+            at, place = cut.nonzero(as_tuple=True)
+            batch = head[at] // ops.heads
+            visible[at, :, place] = mask.tiles(batch, block[at], col[at, place], side)
+        logits = rule.logits(dots, bias).masked_fill(~visible.flatten(2), -torch.inf)
+        done.add(row, logits, ops.value[kv, col].flatten(1, 2))
+    return done.part()
+
+
+def _coarse_part(
+    ops: _Operands,
+    pairs: BlockPairs,
+    mean_key: Tensor,
+    mean_value: Tensor,
+    counts: Tensor,
+    mask: AttentionMask,
+    rule: ScoreRule,
+    per_query: bool,
+) -> SoftmaxPart:
+    """Softmax over ``pairs`` at one pooled score per block, or per query row and block."""
+    side = pairs.side
+    inner = torch.arange(side, device=pairs.head.device)
+    bias = rule.block_bias(mask, side, per_query=True) if per_query else None
+    done = _Rows(ops)
+    for row, pick, real in _row_lists(pairs, ops.rows, max(side, ops.key.shape[-1])):
+        head, block = row // ops.rows, row % ops.rows
+        batch, kv, col = head // ops.heads, (head // ops.group)[:, None], pairs.col[pick]
+        if per_query:
+            dots = ops.query[head, block] @ mean_key[kv, col].transpose(1, 2)
+            at_query = (block[:, None] * side + inner).clamp(max=mask.n_queries - 1)
+            where = (batch[:, None, None], (head % ops.heads)[:, None, None], at_query[:, :, None])
+            logits = rule.logits(dots, gather_bias(bias, *where, col[:, None]))
+        else:
+            logits = pairs.logit[pick][:, None]
+        # A block stands for as many keys as it holds real ones.
+        size = counts[batch[:, None], col].to(logits.dtype).log()
+        logits = (logits + size[:, None]).masked_fill(~real[:, None], -torch.inf)
+        done.add(row, logits, mean_value[kv, col])
+    return done.part()
+
+
+class _Rows:
+    """Collects the softmax of rows of blocks, computed some rows at a time, into one part."""
+
+    def __init__(self, ops: _Operands) -> None:
+        shape = (ops.query.shape[0] * ops.rows, ops.query.shape[2])
+        self._peak = ops.query.new_full(shape, -torch.inf)
+        self._mass = ops.query.new_zeros(shape)
+        self._weighted = ops.query.new_zeros(*shape, ops.value.shape[-1])
+
+    def add(self, row: Tensor, logits: Tensor, values: Tensor) -> None:
+        """Logits ``[R, side or 1, keys]`` and values ``[R, keys, Dv]`` of rows of blocks ``[R]``."""
+        peak = logits.detach().amax(-1)
+        base = peak.masked_fill(peak == -torch.inf, 0.0)
+        weights = torch.exp(logits - base[..., None])
+        side = self._peak.shape[1]
+        weighted = (weights @ values).expand(-1, side, -1)
+        self._peak = self._peak.index_copy(0, row, peak.expand(-1, side))
+        self._mass = self._mass.index_copy(0, row, weights.sum(-1).expand(-1, side))
+        self._weighted = self._weighted.index_copy(0, row, weighted)
+
+    def part(self) -> SoftmaxPart:
+        return SoftmaxPart(self._peak, self._mass, self._weighted)
+
+
+def _row_lists(
+    pairs: BlockPairs, rows: int, floats_per_pair: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The pairs of each row of blocks as padded lists, some rows of similar length at a time.
+
+    Yields:
+        Rows of blocks ``[R]`` (head * rows + row), positions in ``pairs`` ``[R, C]``, and which of
+        them are real ``[R, C]``.
+    """
+    if not len(pairs):
+        return
+    row, length = torch.unique_consecutive(pairs.head * rows + pairs.row, return_counts=True)
+    begin = length.cumsum(0) - length
+    order = length.argsort(descending=True, stable=True)
+    row, length, begin = row[order], length[order], begin[order]
+    first = 0
+    while first < row.numel():
+        longest = int(length[first])
+        last = first + max(1, _CHUNK_FLOATS // (longest * floats_per_pair))
+        place = torch.arange(longest, device=row.device)
+        real = place < length[first:last, None]
+        yield row[first:last], (begin[first:last, None] + place) * real, real
+        first = last
+
+
+def _pooled_tokens(
+    mask: AttentionMask, n: int, m: int, side: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which queries and keys (padded to lengths ``n`` and ``m``) count in block means.
+
+    Real ones do; in blocks of padding queries alone, all do, for want of better.
+    """
+
+    def padded(valid: Tensor | None, length: int, to: int) -> Tensor | None:
+        if valid is None:
+            if length == to:
+                return None
+            valid = torch.ones(1, length, dtype=torch.bool, device=mask.start.device)
+        return torch.nn.functional.pad(valid, (0, to - length))
+
+    queries = mask.query_valid
+    if queries is not None:
+        alone = mask.padding_rows(side, queries.shape[0]).repeat_interleave(side, dim=1)
+        queries = queries | alone[:, : mask.n_queries]
+    return padded(queries, mask.n_queries, n), padded(mask.key_valid, mask.n_keys, m)
+
+
+def _with_sinks(
+    part: SoftmaxPart, sinks: Tensor | None, heads: int, batch_size: int
+) -> SoftmaxPart:
+    if sinks is None:
+        return part
+    per_row = sinks.to(part.mass.dtype).view(1, heads, 1).expand(batch_size, heads, 1)
+    logits = per_row.expand(-1, -1, part.mass.numel() // (batch_size * heads)).flatten()
+    return part.merge(
+        SoftmaxPart(logits.detach(), torch.exp(logits - logits.detach()), part.weighted * 0)
+    )
+
+
+def _mean_value(value: Tensor, valid: Tensor | None, n_keys: int) -> Tensor:
+    if valid is None:
+        return value.mean(2, keepdim=True)
+    weights = valid[:, None, :, None].to(value.dtype)
+    return (value * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1)

@@ -1,0 +1,259 @@
+"""From pooled scores to the plan of one call: which block pairs are exact, which stay pooled.
+
+The greedy refinement of arXiv 2207.10284 (Algorithm 1), extended to masks: block pairs the mask
+cuts through are always refined, since one pooled score can't honour the cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mra_kernels.config import MraAttentionConfig
+from mra_kernels.masks import AttentionMask
+from mra_kernels.scores import ScoreRule, gather_bias
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPairs:
+    """Pairs of a query block and a key block, sorted by head, then row, then column.
+
+    Attributes:
+        side: Tokens per block, on both sides.
+        head: Batch index times query heads plus query head, int64 ``[P]``.
+        row, col: Query block and key block, int64 ``[P]``.
+        legal: Unmasked entries, int64 ``[P]``.
+        logit: Pooled score with scaling, soft-cap and bias applied, ``[P]``; differentiable.
+    """
+
+    side: int
+    head: Tensor
+    row: Tensor
+    col: Tensor
+    legal: Tensor
+    logit: Tensor
+
+    def __len__(self) -> int:
+        return self.head.numel()
+
+    def take(self, index: Tensor) -> BlockPairs:
+        """The pairs at ``index`` (positions, or a boolean choice)."""
+        parts = (self.head, self.row, self.col, self.legal, self.logit)
+        return BlockPairs(self.side, *(part[index] for part in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The plan of one call. ``fine`` and ``coarse`` together tile the legal entries exactly once.
+
+    Attributes:
+        fine: Pairs computed entry by entry.
+        coarse: Pairs left at a pooled score, one group per resolution; empty for coarse="none".
+        density: Exact entries / legal entries, padding rows left out, ``[B, H]``.
+        forced: The part of the density that the mask (and, without a coarse term, rows that would
+            see nothing) demands whatever the budget, ``[B, H]``.
+        dot_products: Pooled and exact scores evaluated, over all heads.
+    """
+
+    fine: BlockPairs
+    coarse: tuple[BlockPairs, ...]
+    density: Tensor
+    forced: Tensor
+    dot_products: int
+
+
+def select_blocks(
+    queries: dict[int, Tensor],
+    keys: dict[int, Tensor],
+    mask: AttentionMask,
+    config: MraAttentionConfig,
+    rule: ScoreRule,
+) -> Selection:
+    """Choose the block pairs to compute exactly. Deterministic: ties go to the lower index.
+
+    Args:
+        queries: Pooled queries per side, ``[B, H, N / side, D]``.
+        keys: Pooled keys per side, ``[B, Hkv, M / side, D]``.
+        mask: Who may see whom.
+        config: Resolutions, budget, priors, ranking.
+        rule: Turns dot products of pooled vectors into logits.
+    """
+    sides = config.resolutions[:-1]
+    batch_size, heads = queries[sides[0]].shape[:2]
+    padding = mask.padding_rows(sides[0], batch_size)
+
+    def per_head(pairs: BlockPairs, entries: Tensor) -> Tensor:
+        real = ~padding[pairs.head // heads, pairs.row * pairs.side // sides[0]]
+        zeros = torch.zeros(batch_size * heads, dtype=torch.int64, device=entries.device)
+        return zeros.index_add(0, pairs.head, entries * real)
+
+    pairs = _coarsest(queries[sides[0]], keys[sides[0]], mask, rule, sides[0])
+    total = per_head(pairs, pairs.legal)
+    prior = _prior(pairs, mask, config, heads, batch_size)
+    coarse = []
+    dots = len(pairs)
+    for step, side in enumerate(sides):
+        n_queries, n_keys = mask.block_sizes(side, batch_size)
+        batch = pairs.head // heads
+        cut = pairs.legal < n_queries[batch, pairs.row] * n_keys[batch, pairs.col]
+        rank = 2 * cut + prior if prior is not None else cut.long()
+        # Padding rows get their share of the budget apart, so as not to compete with real ones.
+        apart = padding.repeat_interleave(sides[0] // side, dim=1)
+        opened = _open(pairs, rank, mask, config, step, apart, heads) | cut
+        forced = cut
+        if config.coarse == "none":
+            rescued = _rescue(pairs, opened, mask, heads)
+            opened, forced = opened | rescued, forced | rescued
+        else:
+            coarse.append(pairs.take(~opened))
+        forced_entries = per_head(pairs, pairs.legal * forced)
+        pairs, prior = pairs.take(opened), None
+        if step + 1 < len(sides):
+            finer = sides[step + 1]
+            pairs = _children(pairs, queries[finer], keys[finer], mask, rule, finer)
+            dots += len(pairs)
+    exact = per_head(pairs, pairs.legal)
+    dots += int(exact.sum())
+    if config.coarse == "per_query":
+        dots += sum(len(level) * level.side for level in coarse)
+    density = (exact / total.clamp(min=1)).view(batch_size, heads)
+    forced_density = (forced_entries / total.clamp(min=1)).view(batch_size, heads)
+    return Selection(pairs, tuple(coarse), density, forced_density, dots)
+
+
+def _coarsest(
+    queries: Tensor, keys: Tensor, mask: AttentionMask, rule: ScoreRule, side: int
+) -> BlockPairs:
+    """All pairs at the coarsest resolution that hold a legal entry."""
+    (batch_size, heads, n_rows, _), (_, kv_heads, n_cols, _) = queries.shape, keys.shape
+    device = queries.device
+    dots = queries.unflatten(1, (kv_heads, -1)) @ keys[:, :, None].transpose(-1, -2)
+    bias = rule.block_bias(mask, side, per_query=False)
+    logits = rule.logits(dots.flatten(1, 2), bias)
+    index = torch.arange(batch_size * n_rows * n_cols, device=device)
+    batch, place = index // (n_rows * n_cols), index % (n_rows * n_cols)
+    legal = mask.tile_counts(batch, place // n_cols, place % n_cols, side)
+    legal = legal.view(batch_size, 1, n_rows, n_cols).expand(-1, heads, -1, -1)
+    b, h, row, col = legal.nonzero(as_tuple=True)
+    return BlockPairs(side, b * heads + h, row, col, legal[b, h, row, col], logits[b, h, row, col])
+
+
+def _children(
+    parents: BlockPairs,
+    queries: Tensor,
+    keys: Tensor,
+    mask: AttentionMask,
+    rule: ScoreRule,
+    side: int,
+) -> BlockPairs:
+    """The pairs of ``side`` inside ``parents`` that hold a legal entry, scored."""
+    (_, heads, n_rows, _), (_, kv_heads, n_cols, _) = queries.shape, keys.shape
+    ratio = parents.side // side
+    inner = torch.arange(ratio, device=parents.head.device)
+    rows, cols = parents.row[:, None] * ratio + inner, parents.col[:, None] * ratio + inner
+    shape = (len(parents), ratio, ratio)
+    head = parents.head[:, None, None].expand(shape).reshape(-1)
+    row, col = rows[:, :, None].expand(shape).reshape(-1), cols[:, None].expand(shape).reshape(-1)
+    legal = mask.tile_counts(head // heads, row, col, side)
+    kv_head = parents.head // (heads // kv_heads)
+    q = queries.flatten(0, 1)[parents.head[:, None], rows]
+    k = keys.flatten(0, 1)[kv_head[:, None], cols]
+    dots = (q @ k.transpose(-1, -2)).reshape(-1)
+    order = ((head * n_rows + row) * n_cols + col).argsort()
+    order = order[legal[order] > 0]
+    head, row, col, legal = head[order], row[order], col[order], legal[order]
+    bias = rule.block_bias(mask, side, per_query=False)
+    logits = rule.logits(dots[order], gather_bias(bias, head // heads, head % heads, row, col))
+    return BlockPairs(side, head, row, col, legal, logits)
+
+
+def _prior(
+    pairs: BlockPairs, mask: AttentionMask, config: MraAttentionConfig, heads: int, batch_size: int
+) -> Tensor | None:
+    """1 for pairs the configured priors favour, else 0."""
+    if not config.first_blocks and not config.diagonal_blocks:
+        return None
+    _, real_keys = mask.block_sizes(pairs.side, batch_size)
+    batch = pairs.head // heads
+    # Left padding moves the 'first' block to the first one that holds a real token.
+    first_row = (~mask.padding_rows(pairs.side, batch_size)).int().argmax(1)[batch]
+    first_col = (real_keys > 0).int().argmax(1)[batch]
+    favoured = (pairs.row < first_row + config.first_blocks) | (
+        pairs.col < first_col + config.first_blocks
+    )
+    if not config.first_blocks:
+        favoured = torch.zeros_like(favoured)
+    if config.diagonal_blocks:
+        own = (pairs.row * pairs.side + mask.query_offset) // pairs.side
+        favoured |= (pairs.col - own).abs() <= config.diagonal_blocks // 2
+    return favoured.long()
+
+
+def _open(
+    pairs: BlockPairs,
+    rank: Tensor,
+    mask: AttentionMask,
+    config: MraAttentionConfig,
+    step: int,
+    padding: Tensor,
+    heads: int,
+) -> Tensor:
+    """The best pairs of each segment that its budget pays for.
+
+    A segment is a head, in two parts (real rows and padding rows), or a row of blocks.
+    """
+    legal = mask.block_row_entries(pairs.side, padding.shape[0])
+    padding = padding[:, : legal.shape[1]].repeat_interleave(heads, dim=0)
+    legal = legal.repeat_interleave(heads, dim=0)
+    row = pairs.head * legal.shape[1] + pairs.row
+    if config.blocks_per_row is not None:
+        cost, worth = torch.ones_like(pairs.legal), config.blocks_per_row * (legal > 0).long()
+    else:
+        cost, worth = pairs.legal, legal
+    if config.scope == "row":
+        segment, budget = row, worth.flatten()
+    else:
+        segment = 2 * pairs.head + padding.flatten()[row]
+        budget = torch.stack([(worth * ~padding).sum(1), (worth * padding).sum(1)], 1).flatten()
+    if config.blocks_per_row is None:
+        budget = (config.area(step) * budget.double() + 1e-6).long()
+
+    score = pairs.logit.detach()
+    if config.score == "row":
+        best = score.new_full((legal.numel(),), -torch.inf).scatter_reduce(0, row, score, "amax")
+        score = score - best[row]
+    order = score.argsort(descending=True, stable=True)
+    order = order[rank[order].argsort(descending=True, stable=True)]
+    order = order[segment[order].argsort(stable=True)]
+    spent = cost[order].cumsum(0)
+    ends = torch.zeros_like(budget).index_add(0, segment, cost).cumsum(0)
+    before = torch.cat([ends.new_zeros(1), ends[:-1]])
+    opened = torch.zeros_like(pairs.head, dtype=torch.bool)
+    opened[order] = spent - before[segment[order]] <= budget[segment[order]]
+    return opened
+
+
+def _rescue(pairs: BlockPairs, opened: Tensor, mask: AttentionMask, heads: int) -> Tensor:
+    """The best unopened pair of each row of blocks in which some row would see no key at all."""
+    batch = pairs.head // heads
+    n_rows = -(-mask.n_queries // pairs.side)
+    row = pairs.head * n_rows + pairs.row
+    size = (int(pairs.head.max()) + 1) * n_rows if len(pairs) else 0
+    seen = torch.zeros(size, pairs.side, dtype=torch.int64, device=row.device)
+    chosen = opened.nonzero()[:, 0]
+    counts = mask.tile_row_counts(batch[chosen], pairs.row[chosen], pairs.col[chosen], pairs.side)
+    seen.index_add_(0, row[chosen], counts)
+    left = (~opened).nonzero()[:, 0]
+    counts = mask.tile_row_counts(batch[left], pairs.row[left], pairs.col[left], pairs.side)
+    useful = left[((counts > 0) & (seen[row[left]] == 0)).any(1)]
+    score = pairs.logit.detach()[useful]
+    order = score.argsort(descending=True, stable=True)
+    order = order[row[useful][order].argsort(stable=True)]
+    first = torch.ones_like(order, dtype=torch.bool)
+    ordered_rows = row[useful][order]
+    first[1:] = ordered_rows[1:] != ordered_rows[:-1]
+    rescued = torch.zeros_like(opened)
+    rescued[useful[order[first]]] = True
+    return rescued

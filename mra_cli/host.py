@@ -1,0 +1,222 @@
+"""Everything we know about transformers' inside, in one file: how an attention implementation is
+registered and switched on, and what its masks mean.
+
+A mask reaches us as a `LazyMask`: a tensor in name only, decoded to an O(N) `AttentionMask`, and
+made dense only if somebody else touches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from mra_kernels import AttentionMask
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+_serial = count()
+
+
+@contextmanager
+def attention_function(model: PreTrainedModel, function: AttentionFunction) -> Iterator[None]:
+    """Let ``function`` be the model's attention, with lazy masks, while the context is open.
+
+    The name is registered for this context alone, so contexts nest and models don't disturb each
+    other. Modules that don't go through transformers' attention interface never call ``function``.
+    """
+    # The name must not contain 'sdpa', 'flash' or 'flex_attention': the host tests for substrings.
+    name = f"mra_{next(_serial)}"
+    configs = {
+        id(config): config
+        for module in model.modules()
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lazy_mask)
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
+
+
+class LazyMask(torch.Tensor):
+    """A boolean ``[B, 1, N, M]`` mask that is not there until somebody reads it.
+
+    It has to be a four-dimensional tensor: `generate` builds masks ahead, calls ``contiguous()``
+    on them and hands them back.
+    """
+
+    _request: dict[str, Any]
+    _resolved: AttentionMask | None
+
+    @staticmethod
+    def __new__(cls, request: dict[str, Any]) -> LazyMask:
+        shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
+        mask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=torch.bool, device=request.get("device", "cpu")
+        )
+        mask._request = request
+        mask._resolved = None
+        return mask  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"LazyMask{tuple(self.shape)}"
+
+    def dense(self) -> Tensor:
+        """The mask as transformers itself would build it for torch's SDPA."""
+        request = {
+            **self._request,
+            "allow_is_causal_skip": False,
+            "allow_is_bidirectional_skip": False,
+        }
+        mask: Tensor = sdpa_mask(**request)
+        return mask
+
+    def resolved(self) -> AttentionMask:
+        """The mask as intervals; worked out once, for all layers that share it."""
+        if self._resolved is None:
+            self._resolved = _resolve(self)
+        return self._resolved
+
+    def padding_of_queries(self) -> Tensor | None:
+        """Real queries ``[B, N]`` if keys and queries are the same tokens; None: all are."""
+        offset, length = int(self._request.get("q_offset", 0)), self.shape[2]
+        valid = self._request.get("attention_mask")
+        if valid is None or valid.shape[-1] < offset + length:
+            return None
+        valid = valid[:, offset : offset + length].bool()
+        return None if bool(valid.all()) else valid
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+
+        def dense(value: Any) -> Any:
+            return value.dense() if isinstance(value, LazyMask) else value
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+
+def lazy_mask(**request: Any) -> Tensor:
+    """transformers' mask function: remembers the request instead of carrying it out."""
+    if torch.compiler.is_compiling():
+        mask: Tensor = sdpa_mask(**request)
+        return mask
+    offset = request.get("q_offset", 0)
+    if isinstance(offset, Tensor):  # a static cache counts on in place before attention runs
+        request["q_offset"] = offset.clone()
+    return LazyMask(request)
+
+
+def read_mask(
+    mask: Tensor | None, module: nn.Module, n_queries: int, n_keys: int, is_causal: bool | None
+) -> tuple[AttentionMask | None, Tensor | None]:
+    """What an attention function was told about visibility.
+
+    Args:
+        mask: What the host passed: a `LazyMask`, a boolean or additive tensor of the host's or the
+            user's own making, or None.
+        module: The attention module; its ``is_causal`` counts where nothing else is said.
+        n_queries, n_keys: Lengths of this call.
+        is_causal: The keyword argument of the same name, None if it was not passed.
+
+    Returns:
+        The mask, and the additive bias ``[B or 1, H or 1, N, M]`` if the tensor held one. The mask
+        is None if heads differ in what they may see; everything is then in the bias.
+    """
+    if isinstance(mask, LazyMask):
+        return mask.resolved(), None
+    if mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if causal and n_queries > 1:
+            return AttentionMask.causal(n_queries, n_keys, offset=0, device=device), None
+        return AttentionMask.full(n_queries, n_keys, device=device), None
+    mask = mask[..., :n_keys].expand(-1, -1, n_queries, -1)
+    if mask.dtype == torch.bool:
+        visible, bias = mask, None
+    else:
+        visible = mask > torch.finfo(mask.dtype).min / 2
+        bias = mask.masked_fill(~visible, 0.0)
+        bias = bias if bool(bias.any()) else None
+    if not bool((visible == visible[:, :1]).all()):
+        return None, torch.zeros_like(mask).masked_fill(~visible, -torch.inf) if bias is None else mask
+    return AttentionMask.from_dense(visible[:, 0], query_offset=n_keys - n_queries), bias
+
+
+def _resolve(mask: LazyMask) -> AttentionMask:
+    request = mask._request
+    n_queries, n_keys = mask.shape[2:]
+    kv_offset = int(request.get("kv_offset", 0))
+    offset = int(request.get("q_offset", 0)) - kv_offset
+    position = torch.arange(n_queries, device=mask.device)[None] + offset + kv_offset
+    function = request.get("mask_function", masking_utils.causal_mask_function)
+    interval = _interval(function, position)
+    if interval is None:
+        return AttentionMask.from_dense(mask.dense()[:, 0], query_offset=offset)
+    start, stop = ((x - kv_offset).clamp(0, n_keys) for x in interval)
+    valid = request.get("attention_mask")
+    if valid is not None:
+        valid = valid[:, kv_offset : kv_offset + n_keys].bool()
+        valid = torch.nn.functional.pad(valid, (0, n_keys - valid.shape[1]))
+        valid = None if bool(valid.all()) else valid
+    start = torch.minimum(start, stop)
+    return AttentionMask(start, stop, n_keys, key_valid=valid, query_offset=offset)
+
+
+def _interval(function: Any, position: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Visible positions ``[start, stop)`` of queries at ``position``, if the closure has that form.
+
+    transformers composes masks from closures; they are told apart by name. Any that is not known
+    here is evaluated in full instead.
+    """
+    never, always = torch.zeros_like(position), torch.full_like(position, 1 << 40)
+    if function is masking_utils.causal_mask_function:
+        return never, position + 1
+    if function is masking_utils.bidirectional_mask_function:
+        return never, always
+    name = getattr(function, "__qualname__", "").split(".")[0]
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = getattr(function, "__closure__", None) or ()
+    inside = {n: c.cell_contents for n, c in zip(names, cells, strict=True)}
+    match name:
+        case "and_masks":
+            parts = [_interval(part, position) for part in inside["mask_functions"]]
+            starts = [part[0] for part in parts if part is not None]
+            stops = [part[1] for part in parts if part is not None]
+            if len(starts) < len(parts):
+                return None
+            return _broadcast(torch.maximum, starts), _broadcast(torch.minimum, stops)
+        case "sliding_window_overlay":
+            return position - inside["sliding_window"] + 1, always
+        case "sliding_window_bidirectional_overlay":
+            reach = inside["sliding_window"]
+            return position - reach, position + reach + 1
+        case "chunked_overlay":
+            size, padding = inside["chunk_size"], inside["left_padding"][:, None]
+            start = (position - padding) // size * size + padding
+            return start, start + size
+    return None
+
+
+def _broadcast(combine: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> Tensor:
+    result = parts[0]
+    for part in parts[1:]:
+        result = combine(result, part)
+    return result
