@@ -17,8 +17,8 @@ from mra_kernels.pyramid import block_pyramid, pad_blocks
 from mra_kernels.scores import ScoreRule, gather_bias
 from mra_kernels.selection import BlockPairs, Selection, select_blocks
 
-_CHUNK_FLOATS = 1 << 22
-"""Gathered numbers in flight at once: bounds each temporary to a few tens of MB."""
+_CHUNK_FLOATS = 1 << 20
+"""Gathered numbers in flight at once: bounds each temporary to a few MB, about a cache."""
 
 
 @dataclass(frozen=True, eq=False)

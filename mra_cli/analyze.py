@@ -1,0 +1,277 @@
+"""The main job: at which sites can attention be approximated, at which error, and what does that
+do to the model?
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mra_cli.calls import AttentionCall
+from mra_cli.checkpoint import Checkpoint
+from mra_cli.errors import InputError, UnsupportedModelError
+from mra_cli.evaluate import Damage, Judge
+from mra_cli.inputs import Samples, probe
+from mra_cli.measure import captured_mass, paired_latency_ms, peak_extra_bytes, relative_error
+from mra_cli.methods import Method
+from mra_cli.patching import intercepted, patched
+from mra_cli.plan import Plan
+from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures
+from mra_cli.sites import Site, find_sites
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many of how many steps are behind us."""
+
+GOOD_ERROR, POOR_ERROR = 0.1, 0.3
+"""Relative output errors below which a layer is called well, and above which badly approximated."""
+
+
+@torch.no_grad()
+def analyze(
+    checkpoint: Checkpoint,
+    samples: Samples,
+    method: Method,
+    budgets: Sequence[float],
+    *,
+    layers: str | None = None,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> AnalyzeReport:
+    """Measure a method at several budgets.
+
+    One teacher-forced pass (every layer sees exact inputs) measures each site, head and budget on
+    the same queries, keys and values; then, per budget, the whole model runs approximated.
+
+    Args:
+        checkpoint: The model.
+        samples: What to feed it.
+        method: The method, at any budget.
+        budgets: Densities to try.
+        layers: Which sites, see `choose_sites`; None: all that can be patched.
+        seed: For masked-language models: the tokens to mask.
+        progress: Called as work proceeds.
+
+    Raises:
+        UnsupportedModelError: No site can be patched.
+        InputError: ``layers`` fits no site, or the samples are too short to approximate anything.
+    """
+    started = time.perf_counter()
+    progress("finding attention sites", 0, 1)
+    sites = find_sites(checkpoint.model, probe(samples))
+    chosen = choose_sites(sites, layers)
+    methods = [method.with_budget(budget) for budget in budgets]
+    calls = sum(site.calls for site in chosen) * len(samples.batches)
+    total = calls * 2 * len(budgets)
+    meter = _Meter(progress, total)
+
+    meter.stage("running the exact model")
+    judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
+    meter.stage("measuring each layer")
+    tally = _Tally(methods, meter)
+    with intercepted(checkpoint.model, {site.name: site for site in chosen}, tally.record):
+        for batch in samples.batches:
+            checkpoint.model(**batch)
+    by_site = tally.figures(chosen)
+    by_budget = []
+    for candidate in methods:
+        meter.stage(f"running the model at budget {candidate.budget:g}")
+        with patched(checkpoint.model, Plan.uniform(chosen, candidate)):
+            damage = judge.judge()
+        meter.step(calls)
+        rows = [figures for figures in by_site if figures.budget == candidate.budget]
+        by_budget.append(_summarised(candidate.budget, rows, damage, sites, samples))
+    settings = {key: value for key, value in method.settings().items() if key != "budget"}
+    return AnalyzeReport(
+        provenance=Provenance.collect(checkpoint, samples, seed),
+        method=settings,
+        sites=tuple(sites),
+        by_site=tuple(by_site),
+        by_budget=tuple(by_budget),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def choose_sites(sites: list[Site], layers: str | None) -> list[Site]:
+    """The patchable sites among ``layers``: numbers as in `check`'s table (``0,2-4``) or parts of
+    names (``encoder``), separated by commas.
+
+    Raises:
+        UnsupportedModelError: No site can be patched at all.
+        InputError: A part fits no patchable site.
+    """
+    able = {number: site for number, site in enumerate(sites) if site.verdict == "patch"}
+    if not able:
+        raise UnsupportedModelError(
+            f"at least one attention site must be patchable, got none of {len(sites)}: "
+            f"{sites[0].reason}"
+        )
+    if layers is None:
+        return list(able.values())
+    numbers: set[int] = set()
+    for part in filter(None, (part.strip() for part in layers.split(","))):
+        low, _, high = part.partition("-")
+        if low.isdigit() and (not high or high.isdigit()):
+            wanted = set(range(int(low), int(high or low) + 1))
+            fitting = wanted & able.keys()
+        else:
+            fitting = {number for number, site in able.items() if part in site.name}
+        if not fitting:
+            raise InputError(
+                f"--layers must name patchable sites, got {part!r}; this model has the numbers "
+                f"{min(able)} to {max(able)}; see them all with: mra-cli check MODEL"
+            )
+        numbers |= fitting
+    return [able[number] for number in sorted(numbers)]
+
+
+@dataclass
+class _Meter:
+    """Steps done, for the progress bar."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+    name: str = ""
+
+    def stage(self, name: str) -> None:
+        self.name = name
+        self.step(0)
+
+    def step(self, count: int = 1) -> None:
+        self.done += count
+        self.progress(self.name, self.done, self.total)
+
+
+@dataclass
+class _Tally:
+    """Answers calls exactly while measuring every method on them."""
+
+    methods: list[Method]
+    meter: _Meter
+    _errors: dict[tuple[str, float], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    _shares: dict[tuple[str, float], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    _costs: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
+    _left_exact: dict[str, str] = field(default_factory=dict)
+
+    def record(self, site: Site, call: AttentionCall) -> Tensor:
+        exact = call.exact()
+        valid, exact_lse = call.valid_rows, call.exact_lse()
+        for method in self.methods:
+            reason = method.reason_for_exact(call)
+            if reason is not None:
+                self._left_exact[site.name] = reason
+                continue
+            key = (site.name, method.budget)
+            result = method(call)
+            mass = captured_mass(result.lse, exact_lse, valid)
+            self._errors[key].append(relative_error(result.output, exact, valid))
+            self._shares[key].append(torch.stack([result.density, result.forced, mass]).double())
+            if key not in self._costs:
+                self._costs[key] = _costs(call, method)
+            self.meter.step()
+        return exact
+
+    def figures(self, sites: list[Site]) -> list[SiteFigures]:
+        if not self._errors:
+            reason = next(iter(self._left_exact.values()), "no call was seen")
+            raise InputError(f"nothing to approximate at this length: {reason}; use longer inputs")
+        figures = []
+        for site in sites:
+            for method in self.methods:
+                key = (site.name, method.budget)
+                if key not in self._errors:
+                    continue
+                by_head = torch.cat(self._errors[key]).mean(0)
+                density, forced, mass = torch.cat(self._shares[key], 1).mean((1, 2)).tolist()
+                figures.append(
+                    SiteFigures(
+                        site=site.name,
+                        budget=method.budget,
+                        density=density,
+                        forced=forced,
+                        error=float(by_head.mean()),
+                        error_by_head=tuple(by_head.tolist()),
+                        mass=mass,
+                        **self._costs[key],
+                    )
+                )
+        return figures
+
+
+def _costs(call: AttentionCall, method: Method) -> dict[str, Any]:
+    device = call.query.device
+    exact_ms, method_ms = paired_latency_ms(call.exact, lambda: method(call))
+    return {
+        "exact_ms": exact_ms,
+        "method_ms": method_ms,
+        "exact_bytes": peak_extra_bytes(call.exact, device),
+        "method_bytes": peak_extra_bytes(lambda: method(call), device),
+    }
+
+
+def _summarised(
+    budget: float,
+    rows: list[SiteFigures],
+    damage: Damage,
+    sites: list[Site],
+    samples: Samples,
+) -> BudgetFigures:
+    density = sum(row.density for row in rows) / len(rows)
+    error = sum(row.error for row in rows) / len(rows)
+    verdict, harm = _verdict(damage)
+    number = {site.name: str(index) for index, site in enumerate(sites)}
+    good = [number[row.site] for row in rows if row.error <= GOOD_ERROR]
+    poor = [number[row.site] for row in rows if row.error > POOR_ERROR]
+    exact_ms, method_ms = sum(row.exact_ms for row in rows), sum(row.method_ms for row in rows)
+    ratio = exact_ms / method_ms
+    speed = f"{ratio:.2f}x the speed" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+    answer = {"yes": "Yes", "with care": "With care", "no": "No"}[verdict]
+    summary = (
+        f"{answer}: with {100 * density:.1f} % of the scores exact, {harm}. "
+        f"Mean output error {error:.3f} over {len(rows)} sites; "
+        f"at most {GOOD_ERROR:g} at {_listed(good)}; over {POOR_ERROR:g} at {_listed(poor)}. "
+        f"Attention itself ran at {exact_ms:.0f} ms exact and {method_ms:.0f} ms approximated per "
+        f"sample ({speed} here, at this length)."
+    )
+    forced = sum(row.forced for row in rows) / len(rows)
+    if density > 1.02 * budget:
+        summary += f" The masks alone demand {100 * forced:.1f} %, which the budget can't undercut."
+    if samples.synthetic:
+        summary += " Inputs were synthetic: measure on real ones before you believe it."
+    return BudgetFigures(budget, density, error, damage, verdict, summary)
+
+
+def _verdict(damage: Damage) -> tuple[str, str]:
+    """The grade, and the harm in words. Thresholds are those of the README."""
+    if damage.loss is not None and damage.loss_exact is not None:
+        assert damage.perplexity is not None and damage.perplexity_exact is not None
+        rise = damage.perplexity / damage.perplexity_exact - 1
+        words = (
+            f"perplexity goes from {damage.perplexity_exact:.2f} to {damage.perplexity:.2f} "
+            f"({100 * rise:+.1f} %), the most likely token stays the same "
+            f"{100 * (damage.top1_agreement or 0):.1f} % of the time"
+        )
+        return _grade(rise, 0.01, 0.05), words
+    if damage.top1_agreement is not None:
+        words = f"the most likely class stays the same for {100 * damage.top1_agreement:.1f} %"
+        return _grade(1 - damage.top1_agreement, 0.01, 0.05), words
+    assert damage.cosine_mean is not None and damage.cosine_min is not None
+    words = (
+        f"embeddings keep a cosine of {damage.cosine_mean:.4f} to the exact ones "
+        f"(lowest {damage.cosine_min:.4f})"
+    )
+    return _grade(1 - damage.cosine_mean, 0.005, 0.02), words
+
+
+def _grade(harm: float, little: float, much: float) -> str:
+    return "yes" if harm <= little else "with care" if harm <= much else "no"
+
+
+def _listed(numbers: list[str]) -> str:
+    return "sites " + ", ".join(numbers) if numbers else "none"

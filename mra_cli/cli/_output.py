@@ -1,0 +1,253 @@
+"""The only printer: reports as tables on stdout, talk and progress on stderr, JSON where asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mra_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from mra_cli.analyze import Progress as ProgressFunction
+    from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
+    from mra_cli.sites import Site
+
+_COLOURS = {"patch": "green", "yes": "green", "with care": "yellow", "no": "red", "refused": "red"}
+_PIPE_WIDTH = 120
+
+
+class Output:
+    """Where a command's results go.
+
+    Args:
+        target: The value of ``--json``: None, a file, or ``-`` for JSON alone on stdout.
+    """
+
+    def __init__(self, target: str | None = None) -> None:
+        self._target = target
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        self._out = Console(width=width, soft_wrap=False, quiet=target == "-")
+        self._talk = Console(stderr=True)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """A spinner while something of unknown length goes on; nothing off a terminal."""
+        if not self._talk.is_terminal:
+            yield
+            return
+        with self._talk.status(what):
+            yield
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressFunction]:
+        """A bar with the time that remains; nothing off a terminal."""
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self._talk,
+            transient=True,
+            disable=not self._talk.is_terminal,
+        )
+        with bar:
+            task = bar.add_task("starting", total=None)
+            yield lambda stage, done, total: bar.update(
+                task, description=stage, completed=done, total=total
+            )
+
+    def sites(self, model: str, model_class: str, sites: list[Site]) -> None:
+        """The table of `check`."""
+        table = Table(title=escape(f"Attention sites of {model} ({model_class})"))
+        for name in ("#", "site", "kind", "heads", "head dim", "window", "extras", "verdict"):
+            table.add_column(name, justify="right" if name in ("#", "window") else "left")
+        for number, site in enumerate(sites):
+            verdict = f"[{_COLOURS.get(site.verdict, 'dim')}]{site.verdict}[/]"
+            table.add_row(
+                str(number),
+                escape(site.name),
+                site.kind,
+                _pair(site.heads, site.kv_heads, "q, {} kv"),
+                _pair(site.head_dim, site.value_dim, "qk, {} v"),
+                str(site.window or "-"),
+                escape(", ".join(site.extras) or "-"),
+                verdict + (f": {escape(site.reason)}" if site.reason else ""),
+            )
+        self._out.print(table)
+        count = sum(site.verdict == "patch" for site in sites)
+        self._out.print(
+            f"{count} of {len(sites)} sites can be approximated. "
+            "Kinds: N noncausal, C causal; S self-, C cross-attention.",
+            style="dim",
+        )
+        self._write(json.dumps({"model": model, "sites": [asdict(s) for s in sites]}, indent=2))
+
+    def analysis(self, report: AnalyzeReport) -> None:
+        """The tables and verdicts of `analyze`."""
+        origin = report.provenance
+        settings = {k: v for k, v in report.method.items() if k != "method" and v is not None}
+        self._out.print(
+            escape(
+                f"{origin.model} ({origin.model_class}, {origin.dtype}), method "
+                f"{report.method['method']} "
+                f"({', '.join(f'{k}={_short(v)}' for k, v in settings.items())})"
+            ),
+            style="bold",
+        )
+        self._out.print(
+            escape(
+                f"{origin.samples} x {origin.seq_len or 'one'} tokens of {origin.inputs}; "
+                f"{origin.threads} threads, {origin.machine}, torch {origin.torch}"
+            ),
+            style="dim",
+        )
+        self._out.print(_site_table(report))
+        self._out.print(_budget_table(report))
+        for figures in report.by_budget:
+            colour = _COLOURS[figures.verdict]
+            self._out.print(
+                f"[bold {colour}]Budget {figures.budget:g}.[/] {escape(figures.summary)}"
+            )
+        self._out.print(f"Took {report.seconds:.1f} s after loading.", style="dim")
+        self._write(report.to_json())
+
+    def _write(self, text: str) -> None:
+        if self._target is None:
+            return
+        if self._target == "-":
+            sys.stdout.write(text + "\n")
+            return
+        path = Path(self._target)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"can't write {path}: {error.strerror}") from error
+        self._talk.print(escape(f"wrote {path}"), style="dim")
+
+
+def _site_table(report: AnalyzeReport) -> Table:
+    table = Table(title="Attention output, layer by layer (each layer fed exactly)")
+    table.add_column("#", justify="right")
+    table.add_column("site", overflow="fold")
+    table.add_column("kind")
+    table.add_column("exact ms", justify="right")
+    budgets = [figures.budget for figures in report.by_budget]
+    for budget in budgets:
+        table.add_column(f"budget {budget:g}\nerror  mass    ms", justify="right")
+    by_key = {(row.site, row.budget): row for row in report.by_site}
+    for number, site in enumerate(report.sites):
+        rows = [by_key.get((site.name, budget)) for budget in budgets]
+        first = next((row for row in rows if row is not None), None)
+        if first is None:
+            cells = [f"[dim]exact{': ' + escape(site.reason) if site.reason else ''}[/]"]
+            table.add_row(str(number), escape(site.name), site.kind, "", *cells)
+            continue
+        table.add_row(
+            str(number),
+            escape(site.name),
+            site.kind,
+            f"{first.exact_ms:.1f}",
+            *(_cell(row) for row in rows),
+        )
+    for row in [_mean_row(report, budgets)]:
+        table.add_section()
+        table.add_row("", "mean", "", *row)
+    return table
+
+
+def _cell(row: SiteFigures | None) -> str:
+    if row is None:
+        return ""
+    colour = "green" if row.error <= 0.1 else "yellow" if row.error <= 0.3 else "red"
+    return f"[{colour}]{row.error:.3f}[/]  {100 * row.mass:3.0f}%  {row.method_ms:5.1f}"
+
+
+def _mean_row(report: AnalyzeReport, budgets: list[float]) -> list[str]:
+    cells = []
+    exact = 0.0
+    for budget in budgets:
+        rows = [row for row in report.by_site if row.budget == budget]
+        error, mass, took, exact = (
+            sum(getattr(row, name) for row in rows) / len(rows)
+            for name in ("error", "mass", "method_ms", "exact_ms")
+        )
+        cells.append(f"{error:.3f}  {100 * mass:3.0f}%  {took:5.1f}")
+    return [f"{exact:.1f}", *cells]
+
+
+def _budget_table(report: AnalyzeReport) -> Table:
+    table = Table(title="The whole model, approximated at all these layers together")
+    damage = report.by_budget[0].damage
+    columns = {
+        "budget": lambda f: f"{f.budget:g}",
+        "density": lambda f: f"{f.density:.3f}",
+        "error": lambda f: f"{f.error:.3f}",
+    }
+    if damage.loss is not None:
+        columns |= {
+            "loss (exact)": lambda f: f"{f.damage.loss:.4f} ({f.damage.loss_exact:.4f})",
+            "perplexity (exact)": lambda f: (
+                f"{f.damage.perplexity:.3f} ({f.damage.perplexity_exact:.3f})"
+            ),
+        }
+    if damage.kl is not None:
+        columns |= {
+            "KL, nats": lambda f: f"{f.damage.kl:.4f}",
+            "top-1 same": lambda f: f"{100 * f.damage.top1_agreement:.1f} %",
+        }
+    if damage.cosine_mean is not None:
+        columns |= {
+            "embedding cosine": lambda f: f"{f.damage.cosine_mean:.4f}",
+            "lowest": lambda f: f"{f.damage.cosine_min:.4f}",
+        }
+    columns |= {
+        "attention": lambda f: _speed(report, f),
+        "peak MiB (exact)": lambda f: _memory(report, f),
+        "verdict": lambda f: f"[{_COLOURS[f.verdict]}]{f.verdict}[/]",
+    }
+    for name in columns:
+        table.add_column(name, justify="right")
+    for figures in report.by_budget:
+        table.add_row(*(show(figures) for show in columns.values()))
+    return table
+
+
+def _speed(report: AnalyzeReport, figures: BudgetFigures) -> str:
+    rows = [row for row in report.by_site if row.budget == figures.budget]
+    return f"{sum(r.exact_ms for r in rows) / sum(r.method_ms for r in rows):.2f}x speed"
+
+
+def _memory(report: AnalyzeReport, figures: BudgetFigures) -> str:
+    rows = [row for row in report.by_site if row.budget == figures.budget]
+    most, exact = max(r.method_bytes for r in rows), max(r.exact_bytes for r in rows)
+    return f"{most / 2**20:.1f} ({exact / 2**20:.1f})"
+
+
+def _pair(first: int, second: int, other: str) -> str:
+    return str(first) if first == second else f"{first} {other.format(second)}"
+
+
+def _short(value: object) -> str:
+    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,62 @@
+"""Assembles the commands; the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mra_cli import __version__
+from mra_cli.cli.analyze import analyze
+from mra_cli.cli.check import check
+from mra_cli.errors import MraError
+
+app = typer.Typer(
+    help="Can attention be approximated in this model? Measure it on the checkpoint you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(check)
+app.command()(analyze)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mra-cli {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
+
+
+def main() -> None:
+    """Run the command line; exit code 0 for success, 1 for what the user can mend, 2 for usage."""
+    try:
+        app()
+    except MraError as error:
+        if os.environ.get("MRA_DEBUG"):
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written")
+    except Exception as error:
+        if os.environ.get("MRA_DEBUG"):
+            raise
+        _fail(
+            f"unexpected {type(error).__name__}: {error}; "
+            "set MRA_DEBUG=1 for the traceback and please report it"
+        )
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(1)

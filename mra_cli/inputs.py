@@ -1,0 +1,213 @@
+"""What a model is fed while it is measured: windows of real text, or a file, or plainly synthetic
+pictures and sounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mra_cli.checkpoint import Checkpoint
+from mra_cli.errors import InputError
+
+DEFAULT_TEXT_NAME = "pydoc_data.topics (Python's help texts)"
+
+PROBE_LENGTH = 160
+"""Tokens of the dry run: enough that two blocks fit, few enough to be quick."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs of a measurement.
+
+    Attributes:
+        batches: Arguments of the model, one sample (batch of 1) each.
+        source: Where they come from, in words.
+        digest: Hash of the text or file.
+        length: Tokens (or patches, frames) per sample; the encoder's for encoder-decoders.
+        synthetic: They are made up; figures on real inputs may differ.
+    """
+
+    batches: list[dict[str, Tensor]]
+    source: str
+    digest: str
+    length: int
+    synthetic: bool = False
+
+
+def default_text() -> str:
+    """English with code in it that every Python ships: the language reference's help topics."""
+    from pydoc_data import topics
+
+    return "\n\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        InputError: Not there, not text, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read the text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty; give a text of at least a few hundred words")
+    return text
+
+
+def make_samples(
+    checkpoint: Checkpoint,
+    *,
+    text: str | None = None,
+    text_name: str = DEFAULT_TEXT_NAME,
+    seq_len: int | None = None,
+    count: int = 4,
+    seed: int = 0,
+) -> Samples:
+    """Inputs for a checkpoint: windows spread over a text, or synthetic pictures or sounds.
+
+    Args:
+        text: For text models; None: `default_text`.
+        seq_len: Tokens per sample; None: the most the model takes, at most 512 for encoders and
+            1024 for causal models.
+        count: Number of samples.
+        seed: Chooses the windows, or makes the synthetic inputs.
+
+    Raises:
+        InputError: The text is too short, or the model takes fewer positions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    main = checkpoint.model.main_input_name
+    if main == "input_ids":
+        return _text_samples(checkpoint, text, text_name, seq_len, count, generator)
+    batches = [_synthetic(checkpoint, main, generator) for _ in range(count)]
+    kind = {"pixel_values": "pictures"}.get(main, "sounds")
+    return Samples(batches, f"synthetic {kind}, seed {seed}", "none", 0, synthetic=True)
+
+
+def probe(samples: Samples) -> dict[str, Any]:
+    """A short first sample for the dry run; encoder and decoder of different lengths."""
+    batch = dict(samples.batches[0])
+    for key in ("input_ids", "attention_mask"):
+        if key in batch:
+            batch[key] = batch[key][:, :PROBE_LENGTH]
+    if "decoder_input_ids" in batch:
+        batch["decoder_input_ids"] = batch["decoder_input_ids"][:, : PROBE_LENGTH - 32]
+    return batch
+
+
+def position_limit(checkpoint: Checkpoint) -> int | None:
+    """The longest sequence the model was made for; None: not known."""
+    config = checkpoint.model.config.get_text_config()
+    limits = [
+        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")
+    ]
+    if checkpoint.tokenizer is not None:
+        limits.append(checkpoint.tokenizer.model_max_length)
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 24]
+    return min(known, default=None)
+
+
+def _text_samples(
+    checkpoint: Checkpoint,
+    text: str | None,
+    text_name: str,
+    seq_len: int | None,
+    count: int,
+    generator: torch.Generator,
+) -> Samples:
+    if checkpoint.tokenizer is None:
+        raise InputError(f"{checkpoint.name} has no tokenizer, so it can't be fed text")
+    model = checkpoint.model
+    text = default_text() if text is None else text
+    limit = position_limit(checkpoint)
+    wanted = seq_len
+    if seq_len is None:
+        seq_len = min(512 if not model.can_generate() else 1024, limit or 512)
+    if limit is not None and seq_len > limit:
+        raise InputError(
+            f"{checkpoint.name} has {limit} positions, got --seq-len {seq_len}; "
+            f"use at most {limit}"
+        )
+    before, after = _special_tokens(checkpoint)
+    body = seq_len - len(before) - len(after)
+    if body < 1:
+        raise InputError(f"--seq-len must be over {len(before) + len(after)}, got {seq_len}")
+    tokens = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+    windows = min(count, len(tokens) // body)
+    if windows == 0:
+        advice = "use a longer text" + ("" if wanted is None else " or a smaller --seq-len")
+        raise InputError(
+            f"the text must have at least {body} tokens for one sample, got {len(tokens)}; {advice}"
+        )
+    stride = len(tokens) // windows
+    batches = []
+    for window in range(windows):
+        slack = stride - body
+        start = window * stride + int(torch.randint(slack + 1, (1,), generator=generator))
+        ids = torch.tensor([before + tokens[start : start + body] + after])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if model.config.is_encoder_decoder:
+            half = max(1, seq_len // 2)
+            batch["decoder_input_ids"] = torch.tensor([tokens[start : start + half]])
+        batches.append({key: value.to(checkpoint.device) for key, value in batch.items()})
+    digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Samples(batches, text_name, digest, seq_len)
+
+
+def _special_tokens(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _synthetic(
+    checkpoint: Checkpoint, main: str, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """One made-up picture or sound in the shape the model takes."""
+    config = checkpoint.model.config
+    vision = getattr(config, "vision_config", config)
+    if main == "pixel_values":
+        size = getattr(vision, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(vision, "num_channels", 3)
+        values = _smooth_noise((channels, height, width), generator)
+    elif main == "input_features" and hasattr(config, "max_source_positions"):
+        values = _smooth_noise((config.num_mel_bins, 2 * config.max_source_positions), generator)
+    elif main == "input_values":
+        values = torch.randn(16000 * 4, generator=generator)
+    else:
+        raise InputError(
+            f"{type(checkpoint.model).__name__} must take input_ids, pixel_values, input_features "
+            f"or input_values; it takes {main}"
+        )
+    batch = {main: values[None].to(checkpoint.device, checkpoint.dtype)}
+    if config.is_encoder_decoder:
+        ids = torch.randint(config.vocab_size, (1, 64), generator=generator)
+        batch["decoder_input_ids"] = ids.to(checkpoint.device)
+    return batch
+
+
+def _smooth_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise whose amplitude falls with frequency, as in natural pictures; mean 0, deviation 1."""
+    spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
+    rows = torch.fft.fftfreq(shape[-2])[:, None] * shape[-2]
+    cols = torch.fft.rfftfreq(shape[-1])[None] * shape[-1]
+    spectrum = spectrum / (1 + (rows**2 + cols**2).sqrt())
+    noise = torch.fft.irfft2(spectrum, s=shape[-2:])
+    return (noise - noise.mean()) / noise.std()

@@ -1,0 +1,188 @@
+"""The report object: printed as tables, saved as JSON, read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import transformers
+
+from mra_cli import __version__
+from mra_cli.checkpoint import Checkpoint
+from mra_cli.errors import InputError
+from mra_cli.evaluate import Damage
+from mra_cli.inputs import Samples
+from mra_cli.sites import Site
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where figures come from: enough to make them again."""
+
+    command: str
+    date: str
+    mra_cli: str
+    torch: str
+    transformers: str
+    python: str
+    machine: str
+    threads: int
+    device: str
+    dtype: str
+    model: str
+    model_class: str
+    model_fingerprint: str
+    inputs: str
+    inputs_digest: str
+    inputs_synthetic: bool
+    samples: int
+    seq_len: int
+    seed: int
+
+    @classmethod
+    def collect(cls, checkpoint: Checkpoint, samples: Samples, seed: int) -> Provenance:
+        """The state of things now."""
+        return cls(
+            command=shlex.join(["mra-cli", *sys.argv[1:]]),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            mra_cli=__version__,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            python=platform.python_version(),
+            machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {_cpu()}",
+            threads=torch.get_num_threads(),
+            device=str(checkpoint.device),
+            dtype=str(checkpoint.dtype).removeprefix("torch."),
+            model=checkpoint.name,
+            model_class=type(checkpoint.model).__name__,
+            model_fingerprint=checkpoint.fingerprint,
+            inputs=samples.source,
+            inputs_digest=samples.digest,
+            inputs_synthetic=samples.synthetic,
+            samples=len(samples.batches),
+            seq_len=samples.length,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class SiteFigures:
+    """One site at one budget, on the same queries, keys and values as exact attention.
+
+    Attributes:
+        site: Name of the site.
+        budget: Density asked for.
+        density, forced: Density reached, and the part the budget had no say in.
+        error: Relative output error, mean over samples and heads.
+        error_by_head: The same per head.
+        mass: Share of the exact attention mass on exactly computed entries.
+        exact_ms, method_ms: Median latency of one call, one sample.
+        exact_bytes, method_bytes: Peak extra memory of one call, one sample.
+    """
+
+    site: str
+    budget: float
+    density: float
+    forced: float
+    error: float
+    error_by_head: tuple[float, ...]
+    mass: float
+    exact_ms: float
+    method_ms: float
+    exact_bytes: int
+    method_bytes: int
+
+
+@dataclass(frozen=True)
+class BudgetFigures:
+    """The whole model at one budget, approximated at all chosen sites together.
+
+    Attributes:
+        budget: Density asked for.
+        density: Density reached, mean over sites.
+        error: Relative output error, mean over sites.
+        damage: What it does to the model.
+        verdict: ``yes``, ``with care`` or ``no``.
+        summary: The verdict in words.
+    """
+
+    budget: float
+    density: float
+    error: float
+    damage: Damage
+    verdict: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class AnalyzeReport:
+    """Everything `analyze` found."""
+
+    provenance: Provenance
+    method: dict[str, Any]
+    sites: tuple[Site, ...]
+    by_site: tuple[SiteFigures, ...]
+    by_budget: tuple[BudgetFigures, ...]
+    seconds: float
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> AnalyzeReport:
+        """The report in ``text``.
+
+        Raises:
+            InputError: Not a report of this schema.
+        """
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise InputError(f"report schema must be {SCHEMA}, got {data['schema']}")
+            return cls(
+                provenance=Provenance(**data["provenance"]),
+                method=data["method"],
+                sites=tuple(
+                    Site(
+                        **{
+                            **site,
+                            "extras": tuple(site["extras"]),
+                            "grid": tuple(site["grid"]) if site["grid"] else None,
+                        }
+                    )
+                    for site in data["sites"]
+                ),
+                by_site=tuple(
+                    SiteFigures(**{**f, "error_by_head": tuple(f["error_by_head"])})
+                    for f in data["by_site"]
+                ),
+                by_budget=tuple(
+                    BudgetFigures(**{**f, "damage": Damage(**f["damage"])})
+                    for f in data["by_budget"]
+                ),
+                seconds=data["seconds"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"not a report of mra-cli analyze: {error}") from error
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        with open("/proc/cpuinfo") as info:  # noqa: PTH123 - a device file
+            lines = [line for line in info if line.startswith("model name")]
+        return lines[0].split(":", 1)[1].strip()
+    except (OSError, IndexError):
+        return platform.processor() or "unknown CPU"
