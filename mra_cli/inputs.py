@@ -58,7 +58,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise InputError(f"can't read the text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(
+            f"{path} must be UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
     if not text.strip():
         raise InputError(f"{path} is empty; give a text of at least a few hundred words")
     return text
@@ -105,12 +107,29 @@ def probe(samples: Samples) -> dict[str, Any]:
     return batch
 
 
+def dry_run(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `probe` gives, of whatever the model takes; a text model needs no tokenizer for it."""
+    length = min(PROBE_LENGTH, position_limit(checkpoint) or PROBE_LENGTH)
+    model = checkpoint.model
+    if checkpoint.tokenizer is not None or model.main_input_name != "input_ids":
+        return probe(make_samples(checkpoint, seq_len=length, count=1))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, length), generator=generator).to(checkpoint.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[:, : length // 2]
+    return batch
+
+
 def position_limit(checkpoint: Checkpoint) -> int | None:
     """The longest sequence the model was made for; None: not known."""
     config = checkpoint.model.config.get_text_config()
-    limits = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")
-    ]
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    for name, module in checkpoint.model.named_modules():  # RoBERTa counts from its padding index
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limits.append(module.num_embeddings - padding - 1)
     if checkpoint.tokenizer is not None:
         limits.append(checkpoint.tokenizer.model_max_length)
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 24]
@@ -126,7 +145,10 @@ def _text_samples(
     generator: torch.Generator,
 ) -> Samples:
     if checkpoint.tokenizer is None:
-        raise InputError(f"{checkpoint.name} has no tokenizer, so it can't be fed text")
+        raise InputError(
+            f"{checkpoint.name} must have a tokenizer to be fed text, and has none that loads; "
+            "put its tokenizer's files beside its config.json"
+        )
     model = checkpoint.model
     text = default_text() if text is None else text
     limit = position_limit(checkpoint)
@@ -135,8 +157,7 @@ def _text_samples(
         seq_len = min(512 if not model.can_generate() else 1024, limit or 512)
     if limit is not None and seq_len > limit:
         raise InputError(
-            f"{checkpoint.name} has {limit} positions, got --seq-len {seq_len}; "
-            f"use at most {limit}"
+            f"{checkpoint.name} has {limit} positions, got --seq-len {seq_len}; use at most {limit}"
         )
     before, after = _special_tokens(checkpoint)
     body = seq_len - len(before) - len(after)
@@ -176,9 +197,7 @@ def _special_tokens(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _synthetic(
-    checkpoint: Checkpoint, main: str, generator: torch.Generator
-) -> dict[str, Tensor]:
+def _synthetic(checkpoint: Checkpoint, main: str, generator: torch.Generator) -> dict[str, Tensor]:
     """One made-up picture or sound in the shape the model takes."""
     config = checkpoint.model.config
     vision = getattr(config, "vision_config", config)

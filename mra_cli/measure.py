@@ -6,12 +6,16 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+
+_PAIRS, _ENOUGH_MS = 3, 500.0
 
 
 def relative_error(output: Tensor, exact: Tensor, valid_rows: Tensor) -> Tensor:
@@ -47,14 +51,14 @@ def captured_mass(lse: Tensor, exact_lse: Tensor, valid_rows: Tensor) -> Tensor:
 
 
 def paired_latency_ms(
-    first: Callable[[], object], second: Callable[[], object], repeats: int = 3
+    first: Callable[[], object], second: Callable[[], object]
 ) -> tuple[float, float]:
     """Median milliseconds of two functions, run in turn so that drift of the machine hits both.
 
-    Both must have run once before.
+    Three pairs, or fewer if they take over half a second. Both must have run once before.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
+    while len(times[0]) < _PAIRS and sum(map(sum, times)) < _ENOUGH_MS:
         for function, out in zip((first, second), times, strict=True):
             _synchronize()
             start = time.perf_counter()
@@ -64,28 +68,28 @@ def paired_latency_ms(
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors alive at once that ``function`` made, its result included.
+def with_peak_bytes(function: Callable[[], T], device: torch.device) -> tuple[T, int]:
+    """What ``function`` returns, and the most bytes of tensors alive at once that it made.
 
-    On the CPU scratch space inside a single torch operation is not seen.
+    The result counts. On the CPU, scratch space inside a single torch operation is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        function()
+        result = function()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return result, torch.cuda.max_memory_allocated(device) - before
     with _LiveBytes() as live:
-        function()
-    return live.peak
+        result = function()
+    return result, live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
     """Counts the storages that operations return, from birth to death."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._alive: set[int] = set()
 

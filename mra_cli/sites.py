@@ -88,7 +88,14 @@ def find_sites(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Site]:
         calls.setdefault(names[module], []).append(call)
         return call.exact().transpose(1, 2).contiguous(), None
 
-    before = output_tensors(model(**inputs))
+    try:
+        before = output_tensors(model(**inputs))
+    except Exception as error:  # whatever the model's code raises on inputs it was not made for
+        raise UnsupportedModelError(
+            f"{type(model).__name__} must run on {' and '.join(inputs)} alone; "
+            f"it raised {type(error).__name__}: {error}"
+        ) from error
+    check_numbers(model, before)
     with attention_function(model, record):
         after = output_tensors(model(**inputs))
     if not calls:
@@ -103,6 +110,19 @@ def find_sites(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Site]:
         _site(name, made, off, decoder, _grid(modules, name, inputs, made[0].n_keys))
         for name, made in calls.items()
     ]
+
+
+def check_numbers(model: PreTrainedModel, outputs: list[Tensor]) -> None:
+    """Refuse a model that answers NaN: no comparison with it means anything.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
+    if any(bool(output.isnan().any()) for output in outputs):
+        raise UnsupportedModelError(
+            f"the output of {type(model).__name__} must be numbers, got NaN in {model.dtype}; try "
+            "--dtype float32; if that gives NaN too, its weights are damaged: download them again"
+        )
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -132,9 +152,12 @@ def _site(
     reason = ""
     tolerance = 1e-4 if call.query.dtype in (torch.float32, torch.float64) else 5e-2
     if off > tolerance:
-        verdict, reason = "refused", (
-            "other parts of the model depend on how attention is computed "
-            f"(its output moves by {off:.2g})"
+        verdict, reason = (
+            "refused",
+            (
+                "other parts of the model depend on how attention is computed "
+                f"(its output moves by {off:.2g})"
+            ),
         )
     elif call.mask is None:
         verdict, reason = "refused", "its heads have different masks"

@@ -8,8 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
+import torch
 
 from mra_cli.checkpoint import DEMOS, Checkpoint, load_checkpoint, locate
+
+torch.set_num_threads(1)  # workers run side by side
 
 
 def _demo(name: str) -> Checkpoint:

@@ -56,9 +56,12 @@ def test_tiles_and_counts_agree_with_the_matrix(side, dense):
         mask = AttentionMask.causal(N, 19, offset=1, window=9).with_padding(valid)
         visible = mask.rows(0, N)
     rows, cols = -(-N // side), -(-19 // side)
-    batch, row, col = (x.flatten() for x in torch.meshgrid(
-        torch.arange(2), torch.arange(rows), torch.arange(cols), indexing="ij"
-    ))
+    batch, row, col = (
+        x.flatten()
+        for x in torch.meshgrid(
+            torch.arange(2), torch.arange(rows), torch.arange(cols), indexing="ij"
+        )
+    )
     padded = torch.nn.functional.pad(visible, (0, cols * side - 19, 0, rows * side - N))
     expected = padded.view(2, rows, side, cols, side).transpose(2, 3).reshape(-1, side, side)
     assert torch.equal(mask.tiles(batch, row, col, side), expected)
@@ -120,9 +123,9 @@ TRANSFORMERS_MASKS = {
 def test_lazy_masks_mean_what_transformers_means(name):
     """What we decode (or evaluate) must equal the matrix transformers would have built."""
     kwargs, as_intervals = TRANSFORMERS_MASKS[name]
-    expected = sdpa_mask(
-        **kwargs, allow_is_causal_skip=False, allow_is_bidirectional_skip=False
-    )[:, 0]
+    expected = sdpa_mask(**kwargs, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)[
+        :, 0
+    ]
     mask = lazy_mask(**kwargs)
     assert isinstance(mask, LazyMask)
     resolved = mask.resolved()

@@ -1,4 +1,4 @@
-"""Exact attention with everything a mask can say, in O(N) memory: the yardstick and the fallback."""
+"""Exact attention with all a mask can say, in O(N) memory: the yardstick and the fallback."""
 
 from __future__ import annotations
 
@@ -44,13 +44,11 @@ def exact_attention(
     heads = query.shape[1] // key.shape[1]
     if heads > 1:
         key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
-    if mask is None or mask.is_full or mask.is_plain_causal:
-        causal = mask is not None and not mask.is_full
-        if bias is None or not causal:
-            extra = None if bias is None else bias.to(query.dtype)
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=extra, is_causal=causal, scale=scaling
-            )
+    if mask is None or mask.is_full:
+        extra = None if bias is None else bias.to(query.dtype)
+        return scaled_dot_product_attention(query, key, value, attn_mask=extra, scale=scaling)
+    if mask.is_plain_causal and bias is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     parts = []
     for first in range(0, query.shape[2], _ROW_CHUNK):
         last = min(first + _ROW_CHUNK, query.shape[2])
@@ -104,9 +102,7 @@ def exact_with_lse(
         lse = logits.logsumexp(-1)
         norm = lse if sinks is None else torch.logaddexp(lse, sinks.to(dtype)[None, :, None])
         weights = torch.exp(logits - norm.masked_fill(norm == -torch.inf, 0.0)[..., None])
-        outputs.append(
-            (weights.unflatten(1, (kv_heads, -1)) @ values[..., lo:hi, :]).flatten(1, 2)
-        )
+        outputs.append((weights.unflatten(1, (kv_heads, -1)) @ values[..., lo:hi, :]).flatten(1, 2))
         sums.append(lse)
     return torch.cat(outputs, dim=2).to(value.dtype), torch.cat(sums, dim=2)
 

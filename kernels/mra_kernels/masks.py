@@ -61,7 +61,7 @@ class AttentionMask:
         chunk: int | None = None,
         device: torch.device | str = "cpu",
     ) -> AttentionMask:
-        """Row ``i`` sees keys up to its own position ``offset + i`` (default: bottom-right aligned).
+        """Row ``i`` sees keys up to its own position ``offset + i`` (default: the last rows align).
 
         Args:
             window: Sees only the last ``window`` keys, its own included.
@@ -187,7 +187,7 @@ class AttentionMask:
         return visible
 
     def tile_row_counts(self, batch: Tensor, row: Tensor, col: Tensor, side: int) -> Tensor:
-        """Visible keys of each row of each block pair, int64 ``[P, side]``. Arguments as in `tiles`."""
+        """Visible keys of each row of each pair, int64 ``[P, side]``. Arguments as in `tiles`."""
         if self.dense is not None:
             return self.tiles(batch, row, col, side).sum(-1)
         _, inside, start, stop = self._block_rows(batch, row, side)
@@ -239,7 +239,7 @@ class AttentionMask:
         return query, inside, self.start[of, query], self.stop[of, query]
 
     def _between(self, low: Tensor, high: Tensor, batch: Tensor | None = None) -> Tensor:
-        """Valid keys in ``[low, high)``; ``batch`` names the rows' batch indices if they have any."""
+        """Valid keys in ``[low, high)``; ``batch``: the batch index of each row, if they mix."""
         if self.key_valid is None:
             return (high - low).clamp(min=0)
         if "prefix" not in self._cache:

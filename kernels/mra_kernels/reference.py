@@ -5,6 +5,7 @@ Any float dtype (half types are computed in float32, float64 stays float64), any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
-from mra_kernels.pyramid import block_pyramid, pad_blocks
+from mra_kernels.pyramid import block_pyramid, pad_blocks, take_blocks
 from mra_kernels.scores import ScoreRule, gather_bias
 from mra_kernels.selection import BlockPairs, Selection, select_blocks
+
+_TILE_ROWS = 16
+"""Query rows that share one matrix product, where blocks are smaller than that."""
 
 _CHUNK_FLOATS = 1 << 20
 """Gathered numbers in flight at once: bounds each temporary to a few MB, about a cache."""
@@ -55,17 +59,21 @@ class SoftmaxPart:
 
 @dataclass(frozen=True, eq=False)
 class _Operands:
-    """Inputs cut into blocks of one side, flattened over batch and heads."""
+    """Inputs cut into blocks, flattened over batch and heads.
 
-    query: Tensor  # [B * H, rows, side, D]
-    key: Tensor  # [B * Hkv, cols, side, D]
-    value: Tensor  # [B * Hkv, cols, side, Dv]
-    heads: int
+    Attributes:
+        query: Tiles of ``group`` query blocks, ``[B * H, tile rows, group * side, D]``.
+        key, value: Blocks of ``side`` keys, ``[B * Hkv, cols, side, D]`` and ``[..., Dv]``.
+        group: Query blocks per tile: small blocks share one matrix product.
+        heads, per_kv: Query heads, and how many of them share a key head.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
     group: int
-
-    @property
-    def rows(self) -> int:
-        return self.query.shape[1]
+    heads: int
+    per_kv: int
 
 
 def mra_reference(
@@ -102,8 +110,10 @@ def mra_reference(
     selection = select_blocks(pooled_q, pooled_k, mask, config, rule)
 
     def cut(side: int) -> _Operands:
-        blocks = (x.unflatten(2, (-1, side)).flatten(0, 1) for x in (q, k, v))
-        return _Operands(*blocks, heads=heads, group=heads // key.shape[1])
+        group = math.gcd(coarsest // side, max(1, _TILE_ROWS // side))
+        tiles = q.unflatten(2, (-1, group * side)).flatten(0, 1)
+        keys, values = (x.unflatten(2, (-1, side)).flatten(0, 1) for x in (k, v))
+        return _Operands(tiles, keys, values, group, heads, heads // key.shape[1])
 
     fine = _exact_part(cut(selection.fine.side), selection.fine, mask, rule).flat()
     total = fine
@@ -135,31 +145,32 @@ def _exact_part(
     ops: _Operands, pairs: BlockPairs, mask: AttentionMask, rule: ScoreRule
 ) -> SoftmaxPart:
     """Softmax over the entries of ``pairs``."""
-    side = pairs.side
+    side, group = pairs.side, ops.group
     inner = torch.arange(side, device=pairs.head.device)
     done = _Rows(ops)
-    for row, pick, real in _row_lists(pairs, ops.rows, side * max(side, ops.key.shape[-1])):
-        head, block = row // ops.rows, row % ops.rows
-        kv, col = (head // ops.group)[:, None], pairs.col[pick]
-        dots = ops.query[head, block] @ ops.key[kv, col].flatten(1, 2).transpose(1, 2)
-        at_key = (col[:, :, None] * side + inner).clamp(max=mask.n_keys - 1)
-        at_query = (block[:, None] * side + inner).clamp(max=mask.n_queries - 1)
-        bias = gather_bias(
-            rule.bias,
-            (head // ops.heads)[:, None, None],
-            (head % ops.heads)[:, None, None],
-            at_query[:, :, None],
-            at_key.flatten(1)[:, None],
-        )
-        visible = real[:, None, :, None].expand(-1, side, -1, side)
-        cut = real & (pairs.legal[pick] < side * side)
-        if bool(cut.any()):
+    cut = _append(pairs.legal < side * side, False)
+    for row, col, member, chosen in _tile_lists(ops, pairs, side * max(side, ops.key.shape[-1])):
+        head, tile = row // ops.query.shape[1], row % ops.query.shape[1]
+        batch, kv = head // ops.heads, (head // ops.per_kv)[:, None]
+        dots = take_blocks(ops.query, head, tile) @ take_blocks(ops.key, kv, col).flatten(
+            1, 2
+        ).transpose(1, 2)
+        bias = None
+        if rule.bias is not None:
+            at_key = (col[:, :, None] * side + inner).clamp(max=mask.n_keys - 1).flatten(1)
+            where = _query_places(ops, tile, mask)[:, :, None], at_key[:, None]
+            bias = gather_bias(
+                rule.bias, batch[:, None, None], (head % ops.heads)[:, None, None], *where
+            )
+        visible = chosen.transpose(1, 2)[:, :, None, :, None].expand(-1, -1, side, -1, side)
+        at, place, sub = (cut[member] & chosen).nonzero(as_tuple=True)
+        if len(at):
             visible = visible.clone()
-            at, place = cut.nonzero(as_tuple=True)
-            batch = head[at] // ops.heads
-            visible[at, :, place] = mask.tiles(batch, block[at], col[at, place], side)
-        logits = rule.logits(dots, bias).masked_fill(~visible.flatten(2), -torch.inf)
-        done.add(row, logits, ops.value[kv, col].flatten(1, 2))
+            visible[at, sub, :, place] = mask.tiles(
+                batch[at], tile[at] * group + sub, col[at, place], side
+            )
+        logits = rule.logits(dots, bias).masked_fill(~visible.reshape(dots.shape), -torch.inf)
+        done.add(row, logits, take_blocks(ops.value, kv, col).flatten(1, 2))
     return done.part()
 
 
@@ -175,72 +186,104 @@ def _coarse_part(
 ) -> SoftmaxPart:
     """Softmax over ``pairs`` at one pooled score per block, or per query row and block."""
     side = pairs.side
-    inner = torch.arange(side, device=pairs.head.device)
     bias = rule.block_bias(mask, side, per_query=True) if per_query else None
+    pooled = _append(pairs.logit, -torch.inf)
     done = _Rows(ops)
-    for row, pick, real in _row_lists(pairs, ops.rows, max(side, ops.key.shape[-1])):
-        head, block = row // ops.rows, row % ops.rows
-        batch, kv, col = head // ops.heads, (head // ops.group)[:, None], pairs.col[pick]
+    for row, col, member, chosen in _tile_lists(ops, pairs, max(side, ops.key.shape[-1])):
+        head, tile = row // ops.query.shape[1], row % ops.query.shape[1]
+        batch, kv = head // ops.heads, (head // ops.per_kv)[:, None]
         if per_query:
-            dots = ops.query[head, block] @ mean_key[kv, col].transpose(1, 2)
-            at_query = (block[:, None] * side + inner).clamp(max=mask.n_queries - 1)
-            where = (batch[:, None, None], (head % ops.heads)[:, None, None], at_query[:, :, None])
-            logits = rule.logits(dots, gather_bias(bias, *where, col[:, None]))
+            dots = take_blocks(ops.query, head, tile) @ take_blocks(mean_key, kv, col).transpose(
+                1, 2
+            )
+            own = gather_bias(
+                bias,
+                batch[:, None, None],
+                (head % ops.heads)[:, None, None],
+                _query_places(ops, tile, mask)[:, :, None],
+                col[:, None],
+            )
+            visible = chosen.transpose(1, 2).repeat_interleave(side, dim=1)
+            logits = rule.logits(dots, own).masked_fill(~visible, -torch.inf)
         else:
-            logits = pairs.logit[pick][:, None]
+            logits = pooled[member].transpose(1, 2)
         # A block stands for as many keys as it holds real ones.
         size = counts[batch[:, None], col].to(logits.dtype).log()
-        logits = (logits + size[:, None]).masked_fill(~real[:, None], -torch.inf)
-        done.add(row, logits, mean_value[kv, col])
+        done.add(row, logits + size[:, None], take_blocks(mean_value, kv, col))
     return done.part()
 
 
+def _query_places(ops: _Operands, tile: Tensor, mask: AttentionMask) -> Tensor:
+    """Positions of the queries of each tile, ``[R, rows]``; beyond the last one, the last."""
+    rows = ops.query.shape[2]
+    inner = torch.arange(rows, device=tile.device)
+    return (tile[:, None] * rows + inner).clamp(max=mask.n_queries - 1)
+
+
+def _append(values: Tensor, last: float) -> Tensor:
+    """``values`` with one more, for the index -1."""
+    return torch.cat([values, values.new_full((1,), last)])
+
+
 class _Rows:
-    """Collects the softmax of rows of blocks, computed some rows at a time, into one part."""
+    """Collects the softmax of tiles, computed some at a time, into one part."""
 
     def __init__(self, ops: _Operands) -> None:
-        shape = (ops.query.shape[0] * ops.rows, ops.query.shape[2])
+        shape = (ops.query.shape[0] * ops.query.shape[1], ops.query.shape[2])
         self._peak = ops.query.new_full(shape, -torch.inf)
         self._mass = ops.query.new_zeros(shape)
         self._weighted = ops.query.new_zeros(*shape, ops.value.shape[-1])
 
     def add(self, row: Tensor, logits: Tensor, values: Tensor) -> None:
-        """Logits ``[R, side or 1, keys]`` and values ``[R, keys, Dv]`` of rows of blocks ``[R]``."""
+        """Logits ``[R, rows or a divisor, keys]`` and values ``[R, keys, Dv]`` of tiles ``[R]``."""
         peak = logits.detach().amax(-1)
         base = peak.masked_fill(peak == -torch.inf, 0.0)
         weights = torch.exp(logits - base[..., None])
-        side = self._peak.shape[1]
-        weighted = (weights @ values).expand(-1, side, -1)
-        self._peak = self._peak.index_copy(0, row, peak.expand(-1, side))
-        self._mass = self._mass.index_copy(0, row, weights.sum(-1).expand(-1, side))
+        repeat = self._peak.shape[1] // logits.shape[1]
+        parts = peak, weights.sum(-1), weights @ values
+        peak, mass, weighted = (part.repeat_interleave(repeat, dim=1) for part in parts)
+        self._peak = self._peak.index_copy(0, row, peak)
+        self._mass = self._mass.index_copy(0, row, mass)
         self._weighted = self._weighted.index_copy(0, row, weighted)
 
     def part(self) -> SoftmaxPart:
         return SoftmaxPart(self._peak, self._mass, self._weighted)
 
 
-def _row_lists(
-    pairs: BlockPairs, rows: int, floats_per_pair: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The pairs of each row of blocks as padded lists, some rows of similar length at a time.
+def _tile_lists(
+    ops: _Operands, pairs: BlockPairs, floats_per_block: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The key blocks that each tile needs, as padded lists, some tiles of similar length at a time.
 
     Yields:
-        Rows of blocks ``[R]`` (head * rows + row), positions in ``pairs`` ``[R, C]``, and which of
-        them are real ``[R, C]``.
+        Tiles (flat index) ``[R]``; their key blocks ``[R, C]``; for each of the tile's query blocks
+        the position in ``pairs`` of its pair with that key block, -1 for none, ``[R, C, group]``;
+        and which of them there are, bool of the same shape.
     """
     if not len(pairs):
         return
-    row, length = torch.unique_consecutive(pairs.head * rows + pairs.row, return_counts=True)
+    group, tile_rows = ops.group, ops.query.shape[1]
+    row = pairs.head * tile_rows + pairs.row // group
+    wanted, entry = row * ops.key.shape[1] + pairs.col, torch.arange(len(pairs), device=row.device)
+    member = entry[:, None]
+    if group > 1:
+        wanted, place = wanted.unique(return_inverse=True)
+        member = torch.full((len(wanted), group), -1, device=row.device)
+        member[place, pairs.row % group] = entry
+    row, col = wanted // ops.key.shape[1], wanted % ops.key.shape[1]
+    row, length = row.unique_consecutive(return_counts=True)
     begin = length.cumsum(0) - length
     order = length.argsort(descending=True, stable=True)
     row, length, begin = row[order], length[order], begin[order]
     first = 0
     while first < row.numel():
         longest = int(length[first])
-        last = first + max(1, _CHUNK_FLOATS // (longest * floats_per_pair))
+        last = first + max(1, _CHUNK_FLOATS // (longest * floats_per_block))
         place = torch.arange(longest, device=row.device)
         real = place < length[first:last, None]
-        yield row[first:last], (begin[first:last, None] + place) * real, real
+        pick = (begin[first:last, None] + place) * real
+        members = member[pick].masked_fill(~real[..., None], -1)
+        yield row[first:last], col[pick], members, members >= 0
         first = last
 
 

@@ -59,5 +59,6 @@ def gather_bias(bias: Tensor | None, batch: Tensor, head: Tensor, *where: Tensor
     """``bias[batch, head, *where]``, with the first two dimensions broadcast where they are 1."""
     if bias is None:
         return None
-    index = [i if size > 1 else torch.zeros_like(i) for i, size in zip((batch, head), bias.shape)]
-    return bias[(*index, *where)]
+    batch = batch if bias.shape[0] > 1 else torch.zeros_like(batch)
+    head = head if bias.shape[1] > 1 else torch.zeros_like(head)
+    return bias[(batch, head, *where)]

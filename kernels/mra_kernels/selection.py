@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
+from mra_kernels.pyramid import take_blocks
 from mra_kernels.scores import ScoreRule, gather_bias
 
 
@@ -91,14 +92,13 @@ def select_blocks(
 
     pairs = _coarsest(queries[sides[0]], keys[sides[0]], mask, rule, sides[0])
     total = per_head(pairs, pairs.legal)
-    prior = _prior(pairs, mask, config, heads, batch_size)
     coarse = []
     dots = len(pairs)
     for step, side in enumerate(sides):
         n_queries, n_keys = mask.block_sizes(side, batch_size)
         batch = pairs.head // heads
         cut = pairs.legal < n_queries[batch, pairs.row] * n_keys[batch, pairs.col]
-        rank = 2 * cut + prior if prior is not None else cut.long()
+        rank = 2 * cut + _favoured(pairs, mask, config, heads, batch_size)
         # Padding rows get their share of the budget apart, so as not to compete with real ones.
         apart = padding.repeat_interleave(sides[0] // side, dim=1)
         opened = _open(pairs, rank, mask, config, step, apart, heads) | cut
@@ -109,10 +109,10 @@ def select_blocks(
         else:
             coarse.append(pairs.take(~opened))
         forced_entries = per_head(pairs, pairs.legal * forced)
-        pairs, prior = pairs.take(opened), None
+        pairs, cut = pairs.take(opened), cut[opened]
         if step + 1 < len(sides):
             finer = sides[step + 1]
-            pairs = _children(pairs, queries[finer], keys[finer], mask, rule, finer)
+            pairs = _children(pairs, cut, queries[finer], keys[finer], mask, rule, finer)
             dots += len(pairs)
     exact = per_head(pairs, pairs.legal)
     dots += int(exact.sum())
@@ -142,53 +142,80 @@ def _coarsest(
 
 def _children(
     parents: BlockPairs,
+    cut: Tensor,
     queries: Tensor,
     keys: Tensor,
     mask: AttentionMask,
     rule: ScoreRule,
     side: int,
 ) -> BlockPairs:
-    """The pairs of ``side`` inside ``parents`` that hold a legal entry, scored."""
-    (_, heads, n_rows, _), (_, kv_heads, n_cols, _) = queries.shape, keys.shape
+    """The pairs of ``side`` inside ``parents`` that hold a legal entry, scored.
+
+    ``cut`` says which parents the mask cuts through; children of the others are whole.
+    """
+    (batch_size, heads), kv_heads = queries.shape[:2], keys.shape[1]
     ratio = parents.side // side
     inner = torch.arange(ratio, device=parents.head.device)
-    rows, cols = parents.row[:, None] * ratio + inner, parents.col[:, None] * ratio + inner
-    shape = (len(parents), ratio, ratio)
-    head = parents.head[:, None, None].expand(shape).reshape(-1)
-    row, col = rows[:, :, None].expand(shape).reshape(-1), cols[:, None].expand(shape).reshape(-1)
-    legal = mask.tile_counts(head // heads, row, col, side)
     kv_head = parents.head // (heads // kv_heads)
-    q = queries.flatten(0, 1)[parents.head[:, None], rows]
-    k = keys.flatten(0, 1)[kv_head[:, None], cols]
-    dots = (q @ k.transpose(-1, -2)).reshape(-1)
-    order = ((head * n_rows + row) * n_cols + col).argsort()
-    order = order[legal[order] > 0]
-    head, row, col, legal = head[order], row[order], col[order], legal[order]
+    q = take_blocks(queries.flatten(0, 1).unflatten(1, (-1, ratio)), parents.head, parents.row)
+    k = take_blocks(keys.flatten(0, 1).unflatten(1, (-1, ratio)), kv_head, parents.col)
+    shape = (len(parents), ratio, ratio)
+    head = parents.head[:, None, None].expand(shape)
+    row = (parents.row[:, None] * ratio + inner)[:, :, None].expand(shape)
+    col = (parents.col[:, None] * ratio + inner)[:, None].expand(shape)
+    n_queries, n_keys = _whole_sizes(mask, side, batch_size, queries.shape[2], keys.shape[2])
+    batch = (parents.head // heads)[:, None, None]
+    legal = n_queries[batch, row] * n_keys[batch, col]
+    b, i, j = (x[cut].flatten() for x in (batch.expand(shape), row, col))
+    legal[cut] = mask.tile_counts(b, i, j, side).view(-1, ratio, ratio)
+
+    # Parents come sorted; where each child goes can be told without sorting again.
+    run = (parents.head * queries.shape[2] + parents.row).unique_consecutive(return_counts=True)[1]
+    run_length = run.repeat_interleave(run)
+    run_start = (run.cumsum(0) - run).repeat_interleave(run)
+    in_run = torch.arange(len(parents), device=run.device) - run_start
+    base = run_start * ratio * ratio + in_run * ratio
+    place = base[:, None, None] + inner[:, None] * (run_length * ratio)[:, None, None] + inner
+    order = torch.empty_like(place).flatten()
+    order[place.flatten()] = torch.arange(place.numel(), device=place.device)
+    order = order[legal.flatten()[order] > 0]
+
+    head, row, col, legal = (x.reshape(-1)[order] for x in (head, row, col, legal))
+    dots = (q @ k.transpose(-1, -2)).flatten()[order]
     bias = rule.block_bias(mask, side, per_query=False)
-    logits = rule.logits(dots[order], gather_bias(bias, head // heads, head % heads, row, col))
+    logits = rule.logits(dots, gather_bias(bias, head // heads, head % heads, row, col))
     return BlockPairs(side, head, row, col, legal, logits)
 
 
-def _prior(
-    pairs: BlockPairs, mask: AttentionMask, config: MraAttentionConfig, heads: int, batch_size: int
-) -> Tensor | None:
-    """1 for pairs the configured priors favour, else 0."""
-    if not config.first_blocks and not config.diagonal_blocks:
-        return None
-    _, real_keys = mask.block_sizes(pairs.side, batch_size)
-    batch = pairs.head // heads
-    # Left padding moves the 'first' block to the first one that holds a real token.
-    first_row = (~mask.padding_rows(pairs.side, batch_size)).int().argmax(1)[batch]
-    first_col = (real_keys > 0).int().argmax(1)[batch]
-    favoured = (pairs.row < first_row + config.first_blocks) | (
-        pairs.col < first_col + config.first_blocks
+def _whole_sizes(
+    mask: AttentionMask, side: int, batch_size: int, rows: int, cols: int
+) -> tuple[Tensor, Tensor]:
+    """`AttentionMask.block_sizes`, with blocks beyond the last token of size 0."""
+    n_queries, n_keys = mask.block_sizes(side, batch_size)
+    pad = torch.nn.functional.pad
+    return (
+        pad(n_queries, (0, rows - n_queries.shape[1])),
+        pad(n_keys, (0, cols - n_keys.shape[1])),
     )
-    if not config.first_blocks:
-        favoured = torch.zeros_like(favoured)
+
+
+def _favoured(
+    pairs: BlockPairs, mask: AttentionMask, config: MraAttentionConfig, heads: int, batch_size: int
+) -> Tensor:
+    """Pairs the configured priors put first, at every step in blocks of that step."""
+    favoured = torch.zeros_like(pairs.legal, dtype=torch.bool)
+    batch = pairs.head // heads
+    if config.first_blocks:
+        # Left padding moves the 'first' block to the first one that holds a real token.
+        _, real_keys = mask.block_sizes(pairs.side, batch_size)
+        first_row = (~mask.padding_rows(pairs.side, batch_size)).int().argmax(1)[batch]
+        first_col = (real_keys > 0).int().argmax(1)[batch]
+        favoured |= pairs.row < first_row + config.first_blocks
+        favoured |= pairs.col < first_col + config.first_blocks
     if config.diagonal_blocks:
         own = (pairs.row * pairs.side + mask.query_offset) // pairs.side
         favoured |= (pairs.col - own).abs() <= config.diagonal_blocks // 2
-    return favoured.long()
+    return favoured
 
 
 def _open(
@@ -225,8 +252,7 @@ def _open(
         best = score.new_full((legal.numel(),), -torch.inf).scatter_reduce(0, row, score, "amax")
         score = score - best[row]
     order = score.argsort(descending=True, stable=True)
-    order = order[rank[order].argsort(descending=True, stable=True)]
-    order = order[segment[order].argsort(stable=True)]
+    order = order[(segment * 4 + 3 - rank)[order].argsort(stable=True)]  # rank is at most 3
     spent = cost[order].cumsum(0)
     ends = torch.zeros_like(budget).index_add(0, segment, cost).cumsum(0)
     before = torch.cat([ends.new_zeros(1), ends[:-1]])

@@ -1,4 +1,4 @@
-"""Measuring sticks for tests: dense float64 formulas that share no block code with the operators."""
+"""Measuring sticks for tests: dense float64 formulas that share no block code with operators."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def dense_mra(
                 out[b, h, i[:, None], j] = logits[b, h, i[:, None], j]
                 continue
             coarsest = config.resolutions[0]
-            start = i[0] // coarsest * coarsest
+            start = row * pairs.side // coarsest * coarsest
             whole = torch.arange(start, min(start + coarsest, n))
             alone = not query_ok[b, whole].any()
             real_i, real_j = i if alone else i[query_ok[b, i]], j[key_ok[b, j]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -136,14 +136,18 @@ class Output:
         if self._target == "-":
             sys.stdout.write(text + "\n")
             return
-        path = Path(self._target)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        path = Path(self._target).resolve()
+        whole = path.is_file() or not path.exists()  # not a pipe or a device
+        part = path.with_name(f".{path.name}.{os.getpid()}.part") if whole else path
         try:
             part.write_text(text + "\n", encoding="utf-8")
-            part.replace(path)
+            if whole:
+                part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise InputError(f"can't write {path}: {error.strerror}") from error
+        finally:
+            if whole:
+                part.unlink(missing_ok=True)
         self._talk.print(escape(f"wrote {path}"), style="dim")
 
 
@@ -200,7 +204,7 @@ def _mean_row(report: AnalyzeReport, budgets: list[float]) -> list[str]:
 def _budget_table(report: AnalyzeReport) -> Table:
     table = Table(title="The whole model, approximated at all these layers together")
     damage = report.by_budget[0].damage
-    columns = {
+    columns: dict[str, Callable[[BudgetFigures], str]] = {
         "budget": lambda f: f"{f.budget:g}",
         "density": lambda f: f"{f.density:.3f}",
         "error": lambda f: f"{f.error:.3f}",
@@ -215,7 +219,7 @@ def _budget_table(report: AnalyzeReport) -> Table:
     if damage.kl is not None:
         columns |= {
             "KL, nats": lambda f: f"{f.damage.kl:.4f}",
-            "top-1 same": lambda f: f"{100 * f.damage.top1_agreement:.1f} %",
+            "top-1 same": lambda f: f"{100 * (f.damage.top1_agreement or 0):.1f} %",
         }
     if damage.cosine_mean is not None:
         columns |= {

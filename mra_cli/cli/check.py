@@ -21,11 +21,11 @@ def check(
     trust_remote_code: TrustOption = False,
     allow_pickle: PickleOption = False,
 ) -> None:
-    """List the attention sites of MODEL: kind, shape, mask, and whether each can be approximated."""
+    """List the attention sites of MODEL, and whether each can be approximated."""
     check_writable(json)
     from mra_cli.checkpoint import load_checkpoint
     from mra_cli.cli._output import Output
-    from mra_cli.inputs import PROBE_LENGTH, make_samples, position_limit, probe
+    from mra_cli.inputs import dry_run
     from mra_cli.sites import find_sites
 
     out = Output(json)
@@ -37,8 +37,5 @@ def check(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        length = min(PROBE_LENGTH, position_limit(checkpoint) or PROBE_LENGTH)
-        sites = find_sites(
-            checkpoint.model, probe(make_samples(checkpoint, seq_len=length, count=1))
-        )
+        sites = find_sites(checkpoint.model, dry_run(checkpoint))
     out.sites(model, type(checkpoint.model).__name__, sites)

@@ -41,7 +41,11 @@ def _root(
 def main() -> None:
     """Run the command line; exit code 0 for success, 1 for what the user can mend, 2 for usage."""
     try:
-        app()
+        app(prog_name="mra-cli")
+    except SystemExit as ended:
+        if ended.code == 130:  # typer takes the KeyboardInterrupt for itself, and says nothing
+            _fail("interrupted; nothing was written")
+        raise
     except MraError as error:
         if os.environ.get("MRA_DEBUG"):
             raise

@@ -77,4 +77,6 @@ def _parsed(key: str, text: str, default: Any) -> Any:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{key} must be a number or numbers like 32,1; got {text!r}") from None
+    if not isinstance(default, tuple) and len(numbers) > 1:
+        raise InputError(f"{key} must be one number; got {text!r}")
     return numbers if isinstance(default, tuple) else numbers[0]
