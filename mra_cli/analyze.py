@@ -19,7 +19,13 @@ from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Damage, Judge
 from mra_cli.inputs import Samples, probe
-from mra_cli.measure import captured_mass, paired_latency_ms, relative_error, with_peak_bytes
+from mra_cli.measure import (
+    captured_mass,
+    paired_latency_ms,
+    peak_process_bytes,
+    relative_error,
+    with_peak_bytes,
+)
 from mra_cli.methods import Method
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
@@ -95,6 +101,7 @@ def analyze(
         by_site=tuple(by_site),
         by_budget=tuple(by_budget),
         seconds=time.perf_counter() - started,
+        peak_process_bytes=peak_process_bytes(),
     )
 
 

@@ -82,6 +82,7 @@ class Judge:
     def judge(self) -> Damage:
         """Run the model as it is now and compare."""
         runs = [self._run(batch) for batch in self._batches]
+        check_numbers(self._model, runs)
         if not self._has_logits:
             pairs = zip(runs, self._exact, strict=True)
             cosines = [torch.cosine_similarity(_pooled(a), _pooled(b), dim=0) for a, b in pairs]

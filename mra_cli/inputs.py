@@ -91,6 +91,11 @@ def make_samples(
     main = checkpoint.model.main_input_name
     if main == "input_ids":
         return _text_samples(checkpoint, text, text_name, seq_len, count, generator)
+    if text is not None or seq_len is not None:
+        raise InputError(
+            f"--text and --seq-len are for models that take text; {checkpoint.name} takes {main}; "
+            "leave them out"
+        )
     batches = [_synthetic(checkpoint, main, generator) for _ in range(count)]
     kind = {"pixel_values": "pictures"}.get(main, "sounds")
     return Samples(batches, f"synthetic {kind}, seed {seed}", "none", 0, synthetic=True)

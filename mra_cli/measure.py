@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -83,6 +84,14 @@ def with_peak_bytes(function: Callable[[], T], device: torch.device) -> tuple[T,
     with _LiveBytes() as live:
         result = function()
     return result, live.peak
+
+
+def peak_process_bytes() -> int:
+    """Most memory this process has held so far."""
+    import resource  # a Unix module
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -126,7 +126,16 @@ class BudgetFigures:
 
 @dataclass(frozen=True)
 class AnalyzeReport:
-    """Everything `analyze` found."""
+    """Everything `analyze` found.
+
+    Attributes:
+        provenance: Where the figures come from.
+        method: Name and settings of the method, the budget left out.
+        sites: All attention sites of the model.
+        by_site, by_budget: The figures.
+        seconds: Wall time, loading left out.
+        peak_process_bytes: Most memory the process held, loading included.
+    """
 
     provenance: Provenance
     method: dict[str, Any]
@@ -134,6 +143,7 @@ class AnalyzeReport:
     by_site: tuple[SiteFigures, ...]
     by_budget: tuple[BudgetFigures, ...]
     seconds: float
+    peak_process_bytes: int
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -173,6 +183,7 @@ class AnalyzeReport:
                     for f in data["by_budget"]
                 ),
                 seconds=data["seconds"],
+                peak_process_bytes=data["peak_process_bytes"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a report of mra-cli analyze: {error}") from error

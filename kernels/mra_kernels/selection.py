@@ -17,6 +17,10 @@ from mra_kernels.pyramid import take_blocks
 from mra_kernels.scores import ScoreRule, gather_bias
 
 
+_FIRST = 1e6
+"""Added to the score of favoured pairs, in float64: more than any logit, and harmless to ties."""
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPairs:
     """Pairs of a query block and a key block, sorted by head, then row, then column.
@@ -251,13 +255,29 @@ def _open(
     if config.score == "row":
         best = score.new_full((legal.numel(),), -torch.inf).scatter_reduce(0, row, score, "amax")
         score = score - best[row]
-    order = score.argsort(descending=True, stable=True)
-    order = order[(segment * 4 + 3 - rank)[order].argsort(stable=True)]  # rank is at most 3
-    spent = cost[order].cumsum(0)
-    ends = torch.zeros_like(budget).index_add(0, segment, cost).cumsum(0)
-    before = torch.cat([ends.new_zeros(1), ends[:-1]])
-    opened = torch.zeros_like(pairs.head, dtype=torch.bool)
-    opened[order] = spent - before[segment[order]] <= budget[segment[order]]
+    return _affordable(score.double() + _FIRST * rank, cost, segment, budget)
+
+
+def _affordable(score: Tensor, cost: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+    """The highest scores of each segment whose costs add up to at most its budget, bool ``[P]``.
+
+    Ties go to the lower index. Segments are sorted side by side, as rows of a matrix.
+    """
+    order = torch.arange(len(segment), device=segment.device)
+    if bool((segment[1:] < segment[:-1]).any()):
+        order = segment.argsort(stable=True)
+    present, length = segment[order].unique_consecutive(return_counts=True)
+    begin = length.cumsum(0) - length
+    place = torch.arange(int(length.max()) if len(length) else 0, device=segment.device)
+    real = place < length[:, None]
+    index = order[(begin[:, None] + place) * real]
+    ranked = (
+        score[index].masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    )
+    spent = (cost[index] * real).gather(1, ranked).cumsum(1)
+    taken = (spent <= budget[present, None]) & real.gather(1, ranked)
+    opened = torch.zeros_like(segment, dtype=torch.bool)
+    opened[index.gather(1, ranked)[taken]] = True
     return opened
 
 

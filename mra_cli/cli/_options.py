@@ -72,7 +72,7 @@ def check_writable(target: str | None) -> None:
     """Fail before the work, not after it, if ``target`` can't be written."""
     if target is None or target == "-":
         return
-    path = Path(target)
+    path = Path(target).resolve()  # through a link, or the trial below would remove the link
     try:
         existed = path.exists()
         with path.open("a"):

@@ -127,7 +127,11 @@ class Output:
             self._out.print(
                 f"[bold {colour}]Budget {figures.budget:g}.[/] {escape(figures.summary)}"
             )
-        self._out.print(f"Took {report.seconds:.1f} s after loading.", style="dim")
+        memory = report.peak_process_bytes / 2**30
+        self._out.print(
+            f"Took {report.seconds:.1f} s after loading; at most {memory:.2f} GiB of memory.",
+            style="dim",
+        )
         self._write(report.to_json())
 
     def _write(self, text: str) -> None:

@@ -47,18 +47,22 @@ def main() -> None:
             _fail("interrupted; nothing was written")
         raise
     except MraError as error:
-        if os.environ.get("MRA_DEBUG"):
+        if _debugging():
             raise
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written")
     except Exception as error:
-        if os.environ.get("MRA_DEBUG"):
+        if _debugging():
             raise
         _fail(
             f"unexpected {type(error).__name__}: {error}; "
             "set MRA_DEBUG=1 for the traceback and please report it"
         )
+
+
+def _debugging() -> bool:
+    return os.environ.get("MRA_DEBUG", "0") not in ("", "0")
 
 
 def _fail(message: str) -> None:

@@ -32,6 +32,8 @@ class Method(Protocol):
     def __call__(self, call: AttentionCall) -> AttentionResult: ...
 
 
+_NOT_SETTINGS = ("budget", "blocks_per_row", "grid")  # said by --budget, or by the site
+
 METHODS: dict[str, Method] = {name: Mra(name, config) for name, config in PRESETS.items()}
 
 
@@ -53,7 +55,7 @@ def make_method(name: str, budget: float, options: dict[str, Any] | None = None)
     method = METHODS[name].with_budget(budget)
     assert isinstance(method, Mra)
     fields = dataclasses.fields(method.config)
-    known = {f.name: f.default for f in fields if f.name not in ("budget", "grid")}
+    known = {f.name: f.default for f in fields if f.name not in _NOT_SETTINGS}
     changes = {}
     for key, value in (options or {}).items():
         if key not in known:

@@ -49,7 +49,7 @@ class Mra:
     def settings(self) -> dict[str, Any]:
         """Name, budget and changed settings, JSON types only."""
         fields = dataclasses.asdict(self.config)
-        del fields["grid"]  # the site's, not the method's
+        del fields["grid"], fields["blocks_per_row"]  # the site's; another way to say budget
         return {
             "method": self.name,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
