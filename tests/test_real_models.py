@@ -41,21 +41,21 @@ def real_rows(output, batch) -> torch.Tensor:
     return output_tensors(output)[0][batch["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model", ["minilm", "smollm2"])
 @torch.no_grad()
-def test_full_budget_is_exact_on_a_ragged_batch(model, side, name, request):
+def test_full_budget_is_exact_on_a_ragged_batch(model, side, request):
     checkpoint = request.getfixturevalue(model)
     batch = ragged(checkpoint, side)
     exact = real_rows(checkpoint.model(**batch), batch)
     sites = find_sites(checkpoint.model, batch)
     assert {site.verdict for site in sites} == {"patch"}
-    with patched(checkpoint.model, Plan.uniform(sites, make_method(name, 1.0))):
-        full = real_rows(checkpoint.model(**batch), batch)
-    with patched(checkpoint.model, Plan.uniform(sites, make_method(name, 0.25))):
+    for name in METHODS:
+        with patched(checkpoint.model, Plan.uniform(sites, make_method(name, 1.0))):
+            full = real_rows(checkpoint.model(**batch), batch)
+        assert (full - exact).norm() / exact.norm() <= 2e-6, name
+    with patched(checkpoint.model, Plan.uniform(sites, make_method("mra", 0.25))):
         quarter = real_rows(checkpoint.model(**batch), batch)
-    assert (full - exact).norm() / exact.norm() <= 2e-6
     assert (quarter - exact).norm() / exact.norm() > 1e-3
     assert torch.equal(real_rows(checkpoint.model(**batch), batch), exact)
 
@@ -83,8 +83,8 @@ def test_the_default_method_beats_the_published_ones_on_a_causal_model(smollm2):
             damage = judge.judge()
         perplexity[name] = damage.perplexity
     exact = damage.perplexity_exact
-    assert exact < perplexity["mra"] < 1.1 * exact
-    assert perplexity["mra2"] > 1.3 * exact
+    assert exact < perplexity["mra"] < 1.15 * exact
+    assert 1.5 * exact < min(perplexity["mra2"], perplexity["mra2s"])
 
 
 def test_logits_a_few_rows_at_a_time_are_the_model_s_logits(smollm2):

@@ -16,7 +16,6 @@ from mra_kernels.masks import AttentionMask
 from mra_kernels.pyramid import take_blocks
 from mra_kernels.scores import ScoreRule, gather_bias
 
-
 _FIRST = 1e6
 """Added to the score of favoured pairs, in float64: more than any logit, and harmless to ties."""
 

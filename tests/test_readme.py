@@ -1,0 +1,96 @@
+"""README's commands and code are run; its output is compared with a fresh one.
+
+``python tests/test_readme.py`` puts a fresh output into README.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+OUTPUT = re.compile(r"(?<=```console\n\$ mra-cli analyze demo:minilm\n).*?(?=```)", re.DOTALL)
+SITE_ROW = re.compile(r"│ (\d+) │ (\S+) +│ \w+ +│ +[\d.]+ │(.*)│$", re.MULTILINE)
+ERROR_AND_MASS = re.compile(r"([\d.]+) +(\d+)% +[\d.]+")
+
+
+def commands() -> list[str]:
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip()]
+
+
+def mra_cli(arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mra_cli", *shlex.split(arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [command.split()[1] for command in commands() if command.startswith("make ")]
+    assert {"demo", "test", "lint", "test-slow"} == set(named) <= set(targets)
+    assert "make test\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.checkpoints
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("mra-cli ")])
+def test_commands_run(command, tmp_path, minilm):
+    done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "demo:" in done.stdout
+    if "--json" in command:
+        assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_nothing_else_is_shown_as_a_command():
+    assert all(command.startswith(("mra-cli ", "make ")) for command in commands())
+
+
+@pytest.mark.checkpoints
+def test_python_runs(minilm):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(code, {})
+
+
+def figures(text: str) -> dict[str, list[tuple[float, float]]]:
+    """Errors and masses of each site, at each budget."""
+    return {
+        site: [(float(error), float(mass)) for error, mass in ERROR_AND_MASS.findall(cells)]
+        for _, site, cells in SITE_ROW.findall(text)
+    }
+
+
+@pytest.mark.checkpoints
+@pytest.mark.slow
+def test_the_output_shown_is_what_the_command_prints(tmp_path, minilm):
+    shown = OUTPUT.search(README.read_text())
+    assert shown is not None
+    printed = mra_cli("analyze demo:minilm", tmp_path).stdout
+    expected, actual = figures(shown[0]), figures(printed)
+    assert len(expected) == 6 and expected.keys() == actual.keys()
+    for site, rows in expected.items():
+        assert len(rows) == 3
+        for (error, mass), (fresh_error, fresh_mass) in zip(rows, actual[site], strict=True):
+            assert fresh_error == pytest.approx(error, abs=0.002)
+            assert fresh_mass == pytest.approx(mass, abs=1)
+    verdicts = r"Budget [\d.]+\. (Yes|No|With care):"
+    assert re.findall(verdicts, shown[0]) == re.findall(verdicts, printed)
+
+
+if __name__ == "__main__":
+    fresh = mra_cli("analyze demo:minilm", ROOT)
+    assert fresh.returncode == 0, fresh.stderr
+    trimmed = "\n".join(line.rstrip() for line in fresh.stdout.splitlines())
+    README.write_text(OUTPUT.sub(lambda _: trimmed + "\n", README.read_text(), count=1))
