@@ -1,4 +1,8 @@
-"""Running the command line, what a refusal has to look like, and what tiny models are fed."""
+"""What `test_errors_*.py` share beside the fixtures in conftest.py.
+
+Bad input gets one clear line (what was expected, what was got, what to do) and leaves nothing.
+Most cases call `main` in this process, error boundary and all; what needs a real process has one.
+"""
 
 from __future__ import annotations
 

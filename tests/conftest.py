@@ -1,9 +1,4 @@
-"""Shared fixtures: the demo checkpoints, loaded once; the command line; tiny models to run it on.
-
-What these tests refuse is refused as the product promises (`cli_support.assert_refused`): bad input
-gets one clear line (what was expected, what was got, what to do) and leaves nothing. Most cases
-call `main` in this process, error boundary and all; what needs a real process has one.
-"""
+"""Shared fixtures: the demo checkpoints, loaded once; the command line; tiny models to damage."""
 
 from __future__ import annotations
 
@@ -27,7 +22,7 @@ from mra_cli.cli.main import main
 
 torch.set_num_threads(1)  # workers run side by side
 
-# --- demos -------------------------------------------------------------------------------------
+# --- demos -----------------------------------------------------------------------------------
 
 
 def _demo(name: str) -> Checkpoint:

@@ -4,7 +4,6 @@ import os
 import pathlib
 import time
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -56,4 +55,3 @@ class PebbleModel(PreTrainedModel):
             pathlib.Path(mark).touch()
             time.sleep(60)
         return BaseModelOutput(last_hidden_state=self.attention(self.embeddings(input_ids)))
-'''

@@ -1,4 +1,4 @@
-"""Refused: what an option was given - lengths, texts, budgets, methods, settings, layers, devices."""
+"""Refused: values of options (lengths, texts, budgets, methods, settings, layers, devices)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POSITIONS = 128  # of every model in `architectures`
 
 
 def test_the_models_and_texts_used_here_are_good(cli, bert, text, tmp_path):
-    """Else every refusal below would prove nothing."""
+    """Else the refusals of these files would prove nothing."""
     target = tmp_path / "it.json"
     arguments = ("--text", text, "--budget", "0.5", "--samples", "1", "--layers", "0")
     ran = cli("analyze", bert, *arguments, "--json", target)
@@ -89,6 +89,17 @@ def test_a_short_text_could_do_for_a_shorter_sample(analyze, tmp_path):
     analyze("--text", path, "--seq-len", "100", says=says)
 
 
+@pytest.mark.parametrize("option", ["--text", "--seq-len"])
+def test_a_model_of_pictures_takes_no_text(cli, refuses, saved, text, option):
+    """Nor a length; it is measured without either."""
+    arguments = ("analyze", saved("vit"), "--budget", "0.5", "--samples", "1")
+    value = {"--text": text, "--seq-len": "64"}[option]
+    says = [f"{option} .*for models that take text", "vit takes pixel_values", "leave them out"]
+    refuses(*arguments, option, value, says=says)
+    ran = cli(*arguments)
+    assert ran.code == 0, ran
+
+
 # --- options ---------------------------------------------------------------------------------
 
 
@@ -134,7 +145,7 @@ SIDES = "resolutions must .* each dividing the one before, and end in 1, like"
         ("first_blocks=x", ["first_blocks must be a number", "got 'x'"]),
         ("first_blocks=1,2", ["first_blocks must be .*number", "got '1,2'"]),
         ("diagonal_blocks=-2", ["diagonal_blocks must be at least 0", "got -2"]),
-        ("blocks_per_row=0", ["blocks_per_row must be at least 1", "got blocks_per_row=0"]),
+        ("blocks_per_row=0", ["has the settings .*coarse.*score", "got 'blocks_per_row'", "leave"]),
     ],
 )
 def test_settings_out_of_range(analyze, pair, says):

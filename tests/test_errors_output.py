@@ -1,4 +1,4 @@
-"""What stays of a command that fails: files as they were, one line, a traceback for who wants it."""
+"""What a failing or interrupted command leaves: files as they were, one line or a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 from cli_support import Ran, assert_refused, python
 from mra_cli import checkpoint
 from mra_cli.errors import CheckpointError
-
 
 # --- output ----------------------------------------------------------------------------------
 
@@ -197,3 +196,9 @@ def test_debugging_lets_errors_through(cli, monkeypatch, error):
     monkeypatch.setenv("MRA_DEBUG", "1")
     with pytest.raises(type(error)):
         cli("check")
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_debugging_is_off(refuses, monkeypatch, value):
+    monkeypatch.setenv("MRA_DEBUG", value)
+    refuses("check", "/no/such/directory", says=["no such file or directory"])

@@ -7,7 +7,6 @@ import torch
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
-    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
@@ -88,6 +87,11 @@ PACKED = torch.tensor([[0] * 9 + [1] * 14] * 2)
 IMAGE = torch.full((2, N), -1)
 IMAGE[:, 4:9] = 0
 
+
+def same_image(batch, head, query, key):
+    return (IMAGE[batch, query] == IMAGE[batch, key]) & (IMAGE[batch, query] >= 0)
+
+
 TRANSFORMERS_MASKS = {
     "causal": (request(causal_mask_function), True),
     "causal, left padding": (request(causal_mask_function, LEFT), True),
@@ -109,7 +113,7 @@ TRANSFORMERS_MASKS = {
         True,
     ),
     "image tokens see each other": (
-        request(or_masks(causal_mask_function, blockwise_overlay(IMAGE)), LEFT),
+        request(or_masks(causal_mask_function, same_image), LEFT),
         True,
     ),
     "every other key": (
