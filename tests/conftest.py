@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 import architectures
 from cli_support import TEXT, Ran, assert_refused, save_tokenizer
-from mra_cli.checkpoint import DEMOS, Checkpoint, load_checkpoint, locate
+from mra_cli.checkpoint import Checkpoint, load_checkpoint
 from mra_cli.cli.main import main
+from mra_cli.files import DEMOS, locate
 
 torch.set_num_threads(1)  # workers run side by side
 

