@@ -104,7 +104,7 @@ class Output:
     def analysis(self, report: AnalyzeReport) -> None:
         """The tables and verdicts of `analyze`."""
         origin = report.provenance
-        length = f" of {origin.seq_len} tokens" if origin.seq_len else ""
+        length = f"{origin.seq_len} tokens of " if origin.seq_len else ""
         settings = {k: v for k, v in report.method.items() if k != "method" and v is not None}
         self._out.print(
             escape(
@@ -116,7 +116,7 @@ class Output:
         )
         self._out.print(
             escape(
-                f"{origin.samples} samples{length} of {origin.inputs}; "
+                f"{origin.samples} x {length}{origin.inputs}; "
                 f"{origin.threads} threads, {origin.machine}, torch {origin.torch}"
             ),
             style="dim",
