@@ -12,6 +12,9 @@ from mra_cli.errors import UnsupportedModelError
 from mra_cli.host import LazyMask, read_mask
 from mra_kernels import AttentionMask, ScoreRule, exact_attention, exact_with_lse
 
+MOST_SPECIAL_TOKENS = 8
+"""Class, distillation and register tokens that may stand before the patches of an image."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -27,6 +30,7 @@ class AttentionCall:
         sinks: Logits that only feed the denominator, ``[H]``, or None.
         bias: Added to the logits, ``[B or 1, H or 1, N, M]``, or None.
         grid: Rows and columns of the image whose tokens these are, or None.
+        window: Keys a row can see at most, by the mask's window or chunk; None: no such.
     """
 
     query: Tensor
@@ -38,6 +42,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     bias: Tensor | None = None
     grid: tuple[int, int] | None = None
+    window: int | None = None
 
     @classmethod
     def from_host(
@@ -71,15 +76,18 @@ class AttentionCall:
                 f"attention dropout must be 0 while patched, got {dropout}; call model.eval(), or "
                 "set the config's attention dropout to 0 to train"
             )
-        n_queries, n_keys = query.shape[2], key.shape[2]
-        mask, bias = read_mask(attention_mask, module, n_queries, n_keys, is_causal)
+        n_keys = key.shape[2]
+        mask, bias = read_mask(attention_mask, module, query, n_keys, is_causal)
+        window = attention_mask.window if isinstance(attention_mask, LazyMask) else None
         if mask is not None and isinstance(attention_mask, LazyMask) and not cross:
             mask = mask.with_padding(mask.key_valid, attention_mask.padding_of_queries())
         if position_bias is not None:
             position_bias = position_bias[..., :n_keys]
             bias = position_bias if bias is None else position_bias + bias
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        return cls(query, key, value, mask, scaling, softcap, s_aux, bias, grid)
+        if grid is not None and not 0 <= n_keys - grid[0] * grid[1] <= MOST_SPECIAL_TOKENS:
+            grid = None  # a picture of another size than the site was found with
+        return cls(query, key, value, mask, scaling, softcap, s_aux, bias, grid, window)
 
     @property
     def n_queries(self) -> int:

@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from mra_cli.errors import CheckpointError
 from mra_cli.files import DEMOS, check_directory, fingerprint, locate
 
+UNUSED = {"pooler", "masked_spec_embed"}
+"""Parts that good checkpoints lack: of another head, or used in training alone."""
+
 FEWEST_TOKENS = 4
 """Ordinary tokens of the smallest vocabulary that is one: that of DNA."""
 
@@ -33,7 +36,7 @@ class Checkpoint:
         model: In eval mode, with its own attention implementation.
         tokenizer: None if the checkpoint has none.
         path: Directory or GGUF file it was read from; None if from the hub's cache.
-        fingerprint: Hash of the weights, see `fingerprint`; "unknown" without a path.
+        fingerprint: Hash of the weights, see `fingerprint`; for hub ids, the commit.
     """
 
     name: str
@@ -103,7 +106,8 @@ def load_checkpoint(
             tokenizer = None  # without its files, transformers makes up one that knows no word
     except Exception:  # no tokenizer, or one that needs a package that is not there
         tokenizer = None
-    digest = fingerprint(path) if path is not None else "unknown"
+    commit = getattr(model.config, "_commit_hash", None)
+    digest = fingerprint(path) if path is not None else f"commit:{commit or 'unknown'}"
     return Checkpoint(name, model, tokenizer, path, digest)
 
 
@@ -133,12 +137,12 @@ def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
         known = getattr(transformers, auto)
     model: PreTrainedModel
     model, info = known.from_pretrained(where, output_loading_info=True, **options)
-    # transformers fills what is missing at random; BERTs saved with another head lack the pooler.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
+    # transformers fills what is missing at random.
+    missing = sorted(key for key in info["missing_keys"] if UNUSED.isdisjoint(key.split(".")))
     if missing:
         raise CheckpointError(
             f"{where} must hold all weights of {type(model).__name__}; {len(missing)} are missing, "
-            f"{missing[0]} for one; download it again"
+            f"{missing[0]} for one; download it again, or use a checkpoint saved with this head"
         )
     return model
 
@@ -155,11 +159,11 @@ def _gguf_options(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is no GGUF file: it does not begin with 'GGUF'; download it again"
             )
-    return {
-        "gguf_file": path.name,
+    options: dict[str, Any] = {"gguf_file": path.name}
+    if hasattr(transformers, "GgufConfig"):  # before it existed, weights were always dequantised
         # Left quantised, transformers may swap the attention for a kernel of its own.
-        "quantization_config": transformers.GgufConfig(dequantize=True),
-    }
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
 
 
 def _explained(name: str, error: Exception) -> CheckpointError:

@@ -108,8 +108,8 @@ def check_directory(path: Path, *, allow_pickle: bool) -> None:
 def fingerprint(path: Path) -> str:
     """A hash that tells checkpoints apart without reading gigabytes.
 
-    Covers config.json and, of each weight file, its size, its first MiB (for safetensors: the
-    header with every tensor's name, shape and place) and a MiB from its middle and its end.
+    Covers config.json and, of each weight file, its size and a MiB each from its beginning (where
+    safetensors has its header), its middle and its end.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if path.is_dir():

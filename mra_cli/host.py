@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from itertools import count
 from typing import Any
 
@@ -24,6 +25,9 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 
 _serial = count()
 
+_HIDDEN = -9999.0
+"""Additive masks at or below this hide a key; hosts write -inf, the dtype's least, or -1e4."""
+
 
 @contextmanager
 def attention_function(model: PreTrainedModel, function: AttentionFunction) -> Iterator[None]:
@@ -34,7 +38,8 @@ def attention_function(model: PreTrainedModel, function: AttentionFunction) -> I
     """
     # The name must not contain 'sdpa', 'flash' or 'flex_attention': the host tests for substrings.
     name = f"mra_{next(_serial)}"
-    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    owners = [model, *model.modules()]
+    every = [config for owner in owners for config in _configs(getattr(owner, "config", None))]
     configs = [config for config in every if hasattr(config, "_attn_implementation_internal")]
     before = [config._attn_implementation_internal for config in configs]
     AttentionInterface.register(name, function)
@@ -47,6 +52,14 @@ def attention_function(model: PreTrainedModel, function: AttentionFunction) -> I
             config._attn_implementation_internal = implementation
         AttentionInterface._global_mapping.pop(name)
         AttentionMaskInterface._global_mapping.pop(name)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it, which no module need own."""
+    yield config
+    for name in getattr(config, "sub_configs", None) or ():
+        if getattr(config, name, None) is not None:
+            yield from _configs(getattr(config, name))
 
 
 class LazyMask(torch.Tensor):
@@ -88,6 +101,11 @@ class LazyMask(torch.Tensor):
             self._resolved = _resolve(self)
         return self._resolved
 
+    @property
+    def window(self) -> int | None:
+        """Keys a row can see at most by the window or chunk in the mask's closures, if any."""
+        return _window(self._request.get("mask_function"))
+
     def padding_of_queries(self) -> Tensor | None:
         """Real queries ``[B, N]`` if keys and queries are the same tokens; None: all are."""
         offset, length = int(self._request.get("q_offset", 0)), self.shape[2]
@@ -122,7 +140,7 @@ def lazy_mask(**request: Any) -> Tensor:
 
 
 def read_mask(
-    mask: Tensor | None, module: nn.Module, n_queries: int, n_keys: int, is_causal: bool | None
+    mask: Tensor | None, module: nn.Module, query: Tensor, n_keys: int, is_causal: bool | None
 ) -> tuple[AttentionMask | None, Tensor | None]:
     """What an attention function was told about visibility.
 
@@ -130,7 +148,8 @@ def read_mask(
         mask: What the host passed: a `LazyMask`, a boolean or additive tensor of the host's or the
             user's own making, or None.
         module: The attention module; its ``is_causal`` counts where nothing else is said.
-        n_queries, n_keys: Lengths of this call.
+        query: Queries of this call, ``[B, H, N, D]``.
+        n_keys: Keys of this call.
         is_causal: The keyword argument of the same name, None if it was not passed.
 
     Returns:
@@ -139,9 +158,9 @@ def read_mask(
     """
     if isinstance(mask, LazyMask):
         return mask.resolved(), None
+    n_queries, device = query.shape[2], query.device
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
         if causal and n_queries > 1:
             return AttentionMask.causal(n_queries, n_keys, offset=0, device=device), None
         return AttentionMask.full(n_queries, n_keys, device=device), None
@@ -149,7 +168,7 @@ def read_mask(
     if mask.dtype == torch.bool:
         visible, bias = mask, None
     else:
-        visible = mask > torch.finfo(mask.dtype).min / 2
+        visible = mask > _HIDDEN
         bias = mask.masked_fill(~visible, 0.0)
         bias = bias if bool(bias.any()) else None
     if not bool((visible == visible[:, :1]).all()):
@@ -190,10 +209,7 @@ def _interval(function: Any, position: Tensor) -> tuple[Tensor, Tensor] | None:
         return never, position + 1
     if function is masking_utils.bidirectional_mask_function:
         return never, always
-    name = getattr(function, "__qualname__", "").split(".")[0]
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    cells = getattr(function, "__closure__", None) or ()
-    inside = {n: c.cell_contents for n, c in zip(names, cells, strict=True)}
+    name, inside = _opened(function)
     match name:
         case "and_masks":
             parts = [_interval(part, position) for part in inside["mask_functions"]]
@@ -201,7 +217,7 @@ def _interval(function: Any, position: Tensor) -> tuple[Tensor, Tensor] | None:
             stops = [part[1] for part in parts if part is not None]
             if len(starts) < len(parts):
                 return None
-            return _broadcast(torch.maximum, starts), _broadcast(torch.minimum, stops)
+            return reduce(torch.maximum, starts), reduce(torch.minimum, stops)
         case "sliding_window_overlay":
             return position - inside["sliding_window"] + 1, always
         case "sliding_window_bidirectional_overlay":
@@ -214,8 +230,23 @@ def _interval(function: Any, position: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _broadcast(combine: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> Tensor:
-    result = parts[0]
-    for part in parts[1:]:
-        result = combine(result, part)
-    return result
+def _window(function: Any) -> int | None:
+    name, inside = _opened(function)
+    match name:
+        case "and_masks":
+            return next(filter(None, map(_window, inside["mask_functions"])), None)
+        case "sliding_window_overlay":
+            return int(inside["sliding_window"])
+        case "sliding_window_bidirectional_overlay":
+            return 2 * int(inside["sliding_window"]) + 1
+        case "chunked_overlay":
+            return int(inside["chunk_size"])
+    return None
+
+
+def _opened(closure: Any) -> tuple[str, dict[str, Any]]:
+    """The name of the function that made a closure, and the variables it closed over."""
+    names = getattr(getattr(closure, "__code__", None), "co_freevars", ())
+    cells = getattr(closure, "__closure__", None) or ()
+    inside = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+    return getattr(closure, "__qualname__", "").split(".")[0], inside

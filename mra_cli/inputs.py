@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
@@ -114,15 +115,17 @@ def probe(samples: Samples) -> dict[str, Any]:
 
 def dry_run(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `probe` gives, of whatever the model takes; a text model needs no tokenizer for it."""
-    length = min(PROBE_LENGTH, position_limit(checkpoint) or PROBE_LENGTH)
     model = checkpoint.model
-    if checkpoint.tokenizer is not None or model.main_input_name != "input_ids":
+    if model.main_input_name != "input_ids":
+        return probe(make_samples(checkpoint, count=1))
+    length = min(PROBE_LENGTH, position_limit(checkpoint) or PROBE_LENGTH)
+    if checkpoint.tokenizer is not None:
         return probe(make_samples(checkpoint, seq_len=length, count=1))
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, length), generator=generator).to(checkpoint.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
+    if _wants_decoder_ids(model):
         batch["decoder_input_ids"] = ids[:, : length // 2]
     return batch
 
@@ -182,12 +185,18 @@ def _text_samples(
         start = window * stride + int(torch.randint(slack + 1, (1,), generator=generator))
         ids = torch.tensor([before + tokens[start : start + body] + after])
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if model.config.is_encoder_decoder:
+        if _wants_decoder_ids(model):
             half = max(1, seq_len // 2)
             batch["decoder_input_ids"] = torch.tensor([tokens[start : start + half]])
         batches.append({key: value.to(checkpoint.device) for key, value in batch.items()})
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
     return Samples(batches, text_name, digest, seq_len)
+
+
+def _wants_decoder_ids(model: PreTrainedModel) -> bool:
+    """Encoder-decoders do, but for those with a classifier on top, which make their own."""
+    classifies = "For" in type(model).__name__ and not model.can_generate()
+    return bool(model.config.is_encoder_decoder) and not classifies
 
 
 def _special_tokens(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
@@ -224,7 +233,8 @@ def _synthetic(checkpoint: Checkpoint, main: str, generator: torch.Generator) ->
         )
     batch = {main: values[None].to(checkpoint.device, checkpoint.dtype)}
     if config.is_encoder_decoder:
-        ids = torch.randint(config.vocab_size, (1, 64), generator=generator)
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(vocabulary, (1, 64), generator=generator)
         batch["decoder_input_ids"] = ids.to(checkpoint.device)
     return batch
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mra_cli.calls import AttentionCall
+from mra_cli.calls import MOST_SPECIAL_TOKENS, AttentionCall
 from mra_cli.errors import UnsupportedModelError
 from mra_cli.host import attention_function
 
@@ -18,9 +18,6 @@ Verdict = Literal["patch", "exact", "refused"]
 
 FEW_KEYS = 64
 """Attention over no more keys than this has nothing to gain: two blocks of 32."""
-
-MOST_SPECIAL_TOKENS = 8
-"""Class, distillation and register tokens that may stand before the patches of an image."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +144,11 @@ def _site(
     cross = call.n_queries != call.n_keys
     causal = decoder if cross else call.mask is not None and call.mask.is_causal
     extras = {"bias": call.bias, "soft-cap": call.softcap, "sinks": call.sinks}
-    window = call.mask.window if call.mask is not None else None
+    window = call.window or (call.mask.window if call.mask is not None else None)
     verdict: Verdict = "patch"
     reason = ""
     tolerance = 1e-4 if call.query.dtype in (torch.float32, torch.float64) else 5e-2
-    if off > tolerance:
+    if not off <= tolerance:
         verdict, reason = (
             "refused",
             (

@@ -156,19 +156,20 @@ def test_a_lazy_mask_becomes_a_real_one_when_touched():
 
 def test_masks_of_the_host_s_own_making():
     module = torch.nn.Linear(1, 1)
+    query = torch.zeros(2, 4, N, 8)
     padding = torch.zeros(2, 1, 1, N)
     padding[1, ..., 15:] = torch.finfo(torch.float32).min
-    mask, bias = read_mask(padding, module, N, N, None)
+    mask, bias = read_mask(padding, module, query, N, None)
     assert bias is None and mask.key_valid[1].sum() == 15 and mask.dense is None
     additive = torch.randn(2, 4, N, N)
-    mask, bias = read_mask(additive, module, N, N, None)
+    mask, bias = read_mask(additive, module, query, N, None)
     assert mask.is_full and torch.equal(bias, additive)
     by_head = torch.rand(2, 4, N, N) < 0.5
-    mask, bias = read_mask(by_head, module, N, N, None)
+    mask, bias = read_mask(by_head, module, query, N, None)
     assert mask is None and torch.equal(bias == 0, by_head)
-    mask, _ = read_mask(None, module, N, N, None)
+    mask, _ = read_mask(None, module, query, N, None)
     assert mask.is_plain_causal, "the host's default, where module and arguments are silent"
-    mask, _ = read_mask(None, module, N, N, False)
+    mask, _ = read_mask(None, module, query, N, False)
     assert mask.is_full
 
 

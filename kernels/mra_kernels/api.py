@@ -75,7 +75,9 @@ def mra_attention(
         query, key, value = (layout.blocked(x) for x in (query, key, value))
         slots = layout.filled.numel()
         filled = layout.filled[None].expand(query.shape[0], -1)
-        mask = AttentionMask.full(slots, slots, device=query.device).with_padding(filled, filled)
+        full = AttentionMask.full(slots, slots, device=query.device)
+        # Empty slots see nothing, so that they cost nothing.
+        mask = AttentionMask(full.start, full.stop * layout.filled, slots, filled, filled)
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, bias)
     output, lse, selection = mra_reference(query, key, value, mask, config, rule, sinks)
     if layout is not None:

@@ -41,14 +41,20 @@ def exact_attention(
     if softcap is not None or sinks is not None:
         rule = ScoreRule(_scaling(query, scaling), softcap, bias)
         return exact_with_lse(query, key, value, mask=mask, rule=rule, sinks=sinks)[0]
+    scaling, width = _scaling(query, scaling), value.shape[-1]
     heads = query.shape[1] // key.shape[1]
     if heads > 1:
         key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+    query, key, value = _same_width(query, key, value)
     if mask is None or mask.is_full:
         extra = None if bias is None else bias.to(query.dtype)
-        return scaled_dot_product_attention(query, key, value, attn_mask=extra, scale=scaling)
+        return scaled_dot_product_attention(query, key, value, attn_mask=extra, scale=scaling)[
+            ..., :width
+        ]
     if mask.is_plain_causal and bias is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)[
+            ..., :width
+        ]
     parts = []
     for first in range(0, query.shape[2], _ROW_CHUNK):
         last = min(first + _ROW_CHUNK, query.shape[2])
@@ -66,7 +72,7 @@ def exact_attention(
                 scale=scaling,
             )
         )
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2)[..., :width]
 
 
 def exact_with_lse(
@@ -109,6 +115,12 @@ def exact_with_lse(
 
 def _scaling(query: Tensor, scaling: float | None) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _same_width(*tensors: Tensor) -> list[Tensor]:
+    """Zeros appended to the last dimension: at unequal widths torch's CPU kernel needs N x M bytes."""
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 
 
 def _reach(mask: AttentionMask, first: int, last: int) -> tuple[int, int]:

@@ -23,8 +23,8 @@ class AttentionMask:
         start: First visible key, int64 ``[B or 1, N]``.
         stop: One past the last visible key, int64 ``[B or 1, N]``.
         n_keys: M.
-        key_valid: False for padding, bool ``[B, M]``; None: all valid.
-        query_valid: False for padding rows, bool ``[B, N]``; None: all valid. Such rows are
+        key_valid: False for padding, bool ``[B or 1, M]``; None: all valid.
+        query_valid: False for padding rows, bool ``[B or 1, N]``; None: all valid. Such rows are
             computed like others (convolutions after attention may read them), but stay out of
             pooled queries, of other rows' budget and of every error figure.
         dense: Escape hatch for masks that are not intervals, bool ``[B or 1, N, M]``.
@@ -205,9 +205,14 @@ class AttentionMask:
         return torch.cat(parts) if parts else batch.new_zeros(0)
 
     def block_sizes(self, side: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Queries (padding included) and real keys per block: two int64 ``[B, blocks]`` tensors."""
+        """Queries and real keys per block: two int64 ``[B, blocks]`` tensors.
+
+        Padding queries count, unless they see nothing.
+        """
         device = self.start.device
         queries = torch.ones(1, self.n_queries, dtype=torch.int64, device=device)
+        if self.query_valid is not None:
+            queries = (self.query_valid | (self.legal_per_row() > 0)).long()
         keys = torch.ones(1, self.n_keys, dtype=torch.int64, device=device)
         keys = keys if self.key_valid is None else self.key_valid.long()
         return (

@@ -242,9 +242,9 @@ class _Rows:
         repeat = self._peak.shape[1] // logits.shape[1]
         parts = peak, weights.sum(-1), weights @ values
         peak, mass, weighted = (part.repeat_interleave(repeat, dim=1) for part in parts)
-        self._peak = self._peak.index_copy(0, row, peak)
-        self._mass = self._mass.index_copy(0, row, mass)
-        self._weighted = self._weighted.index_copy(0, row, weighted)
+        self._peak.index_copy_(0, row, peak)
+        self._mass.index_copy_(0, row, mass)
+        self._weighted.index_copy_(0, row, weighted)
 
     def part(self) -> SoftmaxPart:
         return SoftmaxPart(self._peak, self._mass, self._weighted)

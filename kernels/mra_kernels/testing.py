@@ -58,8 +58,8 @@ def dense_mra(
     n, m = mask.n_queries, mask.n_keys
     every_q = torch.ones(query.shape[0], n, dtype=torch.bool)
     every_k = torch.ones(query.shape[0], m, dtype=torch.bool)
-    query_ok = every_q if mask.query_valid is None else mask.query_valid
-    key_ok = every_k if mask.key_valid is None else mask.key_valid
+    query_ok = every_q if mask.query_valid is None else every_q & mask.query_valid
+    key_ok = every_k if mask.key_valid is None else every_k & mask.key_valid
     out = torch.full_like(logits, -torch.inf)
     covered = torch.zeros_like(logits, dtype=torch.int64)
     for pairs, exact in [(selection.fine, True), *((level, False) for level in selection.coarse)]:
