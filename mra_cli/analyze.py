@@ -236,7 +236,9 @@ def _summarised(
     number = {site.name: str(index) for index, site in enumerate(sites)}
     good = [number[row.site] for row in rows if row.error <= GOOD_ERROR]
     poor = [number[row.site] for row in rows if row.error > POOR_ERROR]
-    exact_ms, method_ms = sum(row.exact_ms for row in rows), sum(row.method_ms for row in rows)
+    calls = {site.name: site.calls for site in sites}
+    exact_ms = sum(row.exact_ms * calls[row.site] for row in rows)
+    method_ms = sum(row.method_ms * calls[row.site] for row in rows)
     ratio = exact_ms / method_ms
     speed = f"{ratio:.2f}x the speed" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
     answer = {"yes": "Yes", "with care": "With care", "no": "No"}[verdict]
@@ -249,32 +251,52 @@ def _summarised(
     )
     forced = sum(row.forced for row in rows) / len(rows)
     if density > 1.02 * budget:
-        summary += f" The masks alone demand {100 * forced:.1f} %, which the budget can't undercut."
+        summary += (
+            f" {100 * forced:.1f} % had to be exact whatever the budget: entries that masks cut "
+            "through, and rows that would see nothing."
+        )
     if samples.synthetic:
         summary += " Inputs were synthetic: measure on real ones before you believe it."
-    return BudgetFigures(budget, density, error, damage, verdict, summary)
+    return BudgetFigures(
+        budget=budget,
+        density=density,
+        error=error,
+        damage=damage,
+        exact_ms=exact_ms,
+        method_ms=method_ms,
+        exact_bytes=max(row.exact_bytes for row in rows),
+        method_bytes=max(row.method_bytes for row in rows),
+        verdict=verdict,
+        summary=summary,
+    )
 
 
 def _verdict(damage: Damage) -> tuple[str, str]:
-    """The grade, and the harm in words. Thresholds are those of the README."""
-    if damage.loss is not None and damage.loss_exact is not None:
-        assert damage.perplexity is not None and damage.perplexity_exact is not None
-        rise = damage.perplexity / damage.perplexity_exact - 1
+    """The grade, and the harm in words. Thresholds are those of the README.
+
+    Divergence counts as well as loss: a loss can fall by luck, a divergence can't.
+    """
+    if damage.output_change is not None:
+        words = f"the model's output moves by {100 * damage.output_change:.1f} %"
+        return _grade(damage.output_change, 0.01, 0.05), words
+    if damage.cosine_mean is not None and damage.cosine_min is not None:
         words = (
-            f"perplexity goes from {damage.perplexity_exact:.2f} to {damage.perplexity:.2f} "
-            f"({100 * rise:+.1f} %), the most likely token stays the same "
-            f"{100 * (damage.top1_agreement or 0):.1f} % of the time"
+            f"embeddings keep a cosine of {damage.cosine_mean:.4f} to the exact ones "
+            f"(lowest {damage.cosine_min:.4f})"
         )
-        return _grade(rise, 0.01, 0.05), words
-    if damage.top1_agreement is not None:
-        words = f"the most likely class stays the same for {100 * damage.top1_agreement:.1f} %"
-        return _grade(1 - damage.top1_agreement, 0.01, 0.05), words
-    assert damage.cosine_mean is not None and damage.cosine_min is not None
+        return _grade(1 - damage.cosine_mean, 0.005, 0.02), words
+    assert damage.kl is not None and damage.top1_agreement is not None
+    same = f"{100 * damage.top1_agreement:.1f} %"
+    if damage.perplexity is None or damage.perplexity_exact is None:
+        words = f"the most likely class stays the same for {same} (KL {damage.kl:.3f} nats)"
+        return _grade(max(1 - damage.top1_agreement, damage.kl), 0.01, 0.05), words
+    rise = damage.perplexity / damage.perplexity_exact - 1
     words = (
-        f"embeddings keep a cosine of {damage.cosine_mean:.4f} to the exact ones "
-        f"(lowest {damage.cosine_min:.4f})"
+        f"perplexity goes from {damage.perplexity_exact:.2f} to {damage.perplexity:.2f} "
+        f"({100 * rise:+.1f} %), the most likely token stays the same {same} of the time "
+        f"(KL {damage.kl:.3f} nats)"
     )
-    return _grade(1 - damage.cosine_mean, 0.005, 0.02), words
+    return _grade(max(rise, damage.kl), 0.01, 0.05), words
 
 
 def _grade(harm: float, little: float, much: float) -> str:

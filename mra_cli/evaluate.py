@@ -34,7 +34,9 @@ class Damage:
             nats; None without logits.
         top1_agreement: Share of rows whose most likely class is the same.
         cosine_mean, cosine_min: Cosine between exact and approximated mean-pooled last hidden
-            states, over samples; None for models with logits.
+            states, over samples; None for models with a head.
+        output_change: ``||run - exact|| / ||exact||`` of the output, mean over samples; for heads
+            whose output is no choice between classes (a score, spans, pixels), else None.
     """
 
     loss: float | None = None
@@ -43,6 +45,7 @@ class Damage:
     top1_agreement: float | None = None
     cosine_mean: float | None = None
     cosine_min: float | None = None
+    output_change: float | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -73,7 +76,7 @@ class Judge:
         self._model = model
         self._labels: list[Tensor | None]
         self._batches, self._labels = _with_labels(model, batches, tokenizer, seed)
-        self._has_logits = self._light = False
+        self._kind, self._light = "output", False
         self._probe_head()
         self._exact = [self._run(batch) for batch in self._batches]
         check_numbers(model, self._exact)
@@ -83,11 +86,14 @@ class Judge:
         """Run the model as it is now and compare."""
         runs = [self._run(batch) for batch in self._batches]
         check_numbers(self._model, runs)
-        if not self._has_logits:
-            pairs = zip(runs, self._exact, strict=True)
+        pairs = list(zip(runs, self._exact, strict=True))
+        if self._kind == "hidden":
             cosines = [torch.cosine_similarity(_pooled(a), _pooled(b), dim=0) for a, b in pairs]
             each = torch.stack(cosines).double()
             return Damage(cosine_mean=float(each.mean()), cosine_min=float(each.min()))
+        if self._kind == "output":
+            changes = [float((a - b).double().norm() / b.double().norm()) for a, b in pairs]
+            return Damage(output_change=sum(changes) / len(changes))
         sums = torch.zeros(4, dtype=torch.float64)
         rows = labelled = 0
         for run, exact, labels in zip(runs, self._exact, self._labels, strict=True):
@@ -108,10 +114,13 @@ class Judge:
                 hidden: Tensor = self._model.base_model(**batch).last_hidden_state
                 return hidden[0]
             output = self._model(**batch)
-            if self._has_logits:
+            if self._kind == "classes":
                 logits: Tensor = output.logits
                 return logits.flatten(0, -2)
-            return output_tensors(output)[0][0]
+            if self._kind == "hidden":
+                states: Tensor = output.last_hidden_state
+                return states[0]
+            return output_tensors(output)[0]
 
     def _logits(self, rows: Tensor) -> Tensor:
         if self._light:
@@ -135,9 +144,11 @@ class Judge:
         with torch.no_grad():
             output = self._model(**short)
             logits = getattr(output, "logits", None)
-            if not isinstance(logits, Tensor):
+            if isinstance(getattr(output, "last_hidden_state", None), Tensor):
+                self._kind = "hidden"
+            if not isinstance(logits, Tensor) or not _are_classes(logits, short):
                 return
-            self._has_logits = True
+            self._kind = "classes"
             head = self._model.get_output_embeddings()
             base = self._model.base_model(**short)
             hidden = getattr(base, "last_hidden_state", None)
@@ -146,6 +157,13 @@ class Judge:
             if hidden.shape[:2] == logits.shape[:2]:
                 same = head(hidden)
                 self._light = same.shape == logits.shape and torch.allclose(same, logits)
+
+
+def _are_classes(logits: Tensor, batch: dict[str, Any]) -> bool:
+    """Whether the last dimension is a choice: not one score, a score per token, or pixels."""
+    tokens = batch.get("input_ids")
+    per_token = tokens is not None and logits.shape == tokens.shape
+    return logits.ndim in (2, 3) and logits.shape[-1] > 1 and not per_token
 
 
 def _compare(run: Tensor, exact: Tensor, labels: Tensor | None) -> Tensor:
@@ -188,6 +206,7 @@ def _with_labels(
             labels.append(ids[0].masked_fill(~hit[0], -1))
         return masked, [*labels]
     key = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    if not model.can_generate() or key not in batches[0]:
+    reads_text = model.main_input_name == "input_ids"  # a made-up sound has no transcript
+    if not (model.can_generate() and reads_text and key in batches[0]):
         return batches, [None] * len(batches)
     return batches, [batch[key][0, 1:] for batch in batches]

@@ -112,6 +112,8 @@ class BudgetFigures:
         density: Density reached, mean over sites.
         error: Relative output error, mean over sites.
         damage: What it does to the model.
+        exact_ms, method_ms: Latency of all attention calls of one sample.
+        exact_bytes, method_bytes: Peak extra memory of the most demanding call.
         verdict: ``yes``, ``with care`` or ``no``.
         summary: The verdict in words.
     """
@@ -120,6 +122,10 @@ class BudgetFigures:
     density: float
     error: float
     damage: Damage
+    exact_ms: float
+    method_ms: float
+    exact_bytes: int
+    method_bytes: int
     verdict: str
     summary: str
 

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from architectures import ARCHITECTURES
-from mra_cli.analyze import analyze, choose_sites
+from mra_cli.analyze import _verdict, analyze, choose_sites
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
-from mra_cli.evaluate import Judge
-from mra_cli.inputs import Samples, make_samples, probe
+from mra_cli.evaluate import Damage, Judge
+from mra_cli.inputs import Samples, dry_run, make_samples, probe
 from mra_cli.measure import (
     captured_mass,
     paired_latency_ms,
@@ -146,6 +147,58 @@ def test_too_short_inputs_are_refused():
     samples = Samples([{"input_ids": ids}], "random tokens", "none", 20)
     with pytest.raises(UnsupportedModelError, match="20 keys"):
         analyze(checkpoint, samples, make_method("mra2", 0.1), [0.1])
+
+
+@pytest.mark.parametrize("name", ["vit", "whisper", "bart", "llama-gqa"])
+def test_dry_runs_need_no_inputs_of_the_user(name):
+    checkpoint = tiny(name)
+    assert find_sites(checkpoint.model, dry_run(checkpoint))
+
+
+def classifier(classes: int) -> Checkpoint:
+    config = transformers.BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=classes,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return Checkpoint("classifier", model, None, None, "none")
+
+
+@pytest.mark.parametrize(("classes", "words"), [(1, "output moves by"), (5, "most likely class")])
+def test_heads_are_judged_by_what_they_put_out(classes, words):
+    """One score has no classes: a softmax over it would be the same whatever happens."""
+    checkpoint = classifier(classes)
+    ids = torch.randint(10, 90, (1, 120), generator=torch.Generator().manual_seed(0))
+    samples = Samples([{"input_ids": ids}], "random tokens", "none", 120)
+    method = make_method("mra2s", 0.05, {"resolutions": (8, 1)})
+    found = analyze(checkpoint, samples, method, [0.05, 1.0])
+    low, full = found.by_budget
+    assert words in low.summary
+    if classes == 1:
+        assert low.damage.top1_agreement is None
+        assert low.damage.output_change > 0.01 > 1e-4 > full.damage.output_change
+        assert low.verdict != "yes"
+    else:
+        assert low.damage.kl > full.damage.kl
+    assert full.verdict == "yes"
+
+
+def test_a_loss_that_falls_is_no_pass():
+    """Damage can lower the loss by luck; the divergence from the exact model still counts."""
+    lucky = Damage(loss=2.0, loss_exact=2.1, kl=0.5, top1_agreement=0.2)
+    assert _verdict(lucky)[0] == "no"
+    assert _verdict(Damage(loss=2.001, loss_exact=2.0, kl=0.002, top1_agreement=0.99))[0] == "yes"
+    assert (
+        _verdict(Damage(loss=2.03, loss_exact=2.0, kl=0.02, top1_agreement=0.9))[0] == "with care"
+    )
 
 
 def test_pure_measures():

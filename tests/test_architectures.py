@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from architectures import ARCHITECTURES, Architecture, comparable
 from mra_cli.errors import UnsupportedModelError
@@ -31,6 +32,12 @@ def patchable(sites: list[Site]) -> list[Site]:
 def largest_difference(outputs, references) -> float:
     pairs = zip(outputs, references, strict=True)
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def implementations(config) -> str:
+    """The attention implementations of a configuration and all inside it."""
+    inner = (getattr(config, name, None) for name in config.sub_configs)
+    return " ".join([str(config._attn_implementation), *map(implementations, filter(None, inner))])
 
 
 def test_the_catalogue_is_complete():
@@ -60,6 +67,7 @@ def test_full_budget_is_exact_and_restoring_is_bit_identical(architecture):
     restored = comparable(architecture, model(**inputs), inputs)
     assert all(torch.equal(a, b) for a, b in zip(restored, reference, strict=True))
     assert not any("_mra_site" in vars(module) for module in model.modules())
+    assert "mra_" not in implementations(model.config)
 
 
 @pytest.mark.parametrize("architecture", OWN_ATTENTION, ids=name_of)
@@ -71,6 +79,7 @@ def test_attention_of_their_own_is_refused_and_untouched(architecture):
         find_sites(model, inputs)
     after = comparable(architecture, model(**inputs), inputs)
     assert all(torch.equal(a, b) for a, b in zip(after, reference, strict=True))
+    assert "mra_" not in implementations(model.config)
 
 
 KINDS = {
@@ -96,6 +105,22 @@ def test_kinds(name):
 def facts(name: str) -> list[Site]:
     architecture = next(a for a in INTERFACE if a.name == name)
     return find_sites(architecture.build(), architecture.inputs())
+
+
+def test_windows_longer_than_the_probe_are_known():
+    """The mask of a short dry run cuts no row; its closures still tell the window."""
+    config = transformers.MistralConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=512,
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    (site,) = find_sites(model, {"input_ids": torch.ones(1, 80, dtype=torch.long)})
+    assert (site.window, site.verdict) == (512, "patch")
 
 
 def test_facts_of_sites():

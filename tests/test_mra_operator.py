@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mra_kernels import (
     PRESETS,
@@ -301,6 +303,44 @@ def test_image_layout_is_exact_at_full_budget_and_better_below(grid):
         errors.append((mra_attention(query, key, value, config=less).output - exact).norm())
     assert errors[0] < errors[1]
     assert n == 65
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_empty_slots_of_an_image_layout_cost_nothing(name):
+    """The density reached counts real tokens, and the budget is theirs."""
+    query, key, value = qkv(11, batch=1, heads=2, kv_heads=2, n=197, m=197)
+    config = dataclasses.replace(PRESETS[name], grid=(14, 14))
+    selection = mra_attention(query, key, value, config=config).selection
+    filled = BlockLayout.image(197, (14, 14), config.resolutions).filled
+    fine = selection.fine
+    inner = torch.arange(fine.side)
+    rows, cols = (filled[x[:, None] * fine.side + inner].sum(1) for x in (fine.row, fine.col))
+    real = torch.zeros(2, dtype=torch.int64).index_add(0, fine.head, rows * cols) / 197**2
+    torch.testing.assert_close(selection.density[0], real)
+    assert (selection.density <= 0.25 + selection.forced).all()
+
+
+def test_values_of_another_width_keep_memory_linear():
+    """DeepSeek's attention; torch's own kernel would build the N x N matrix."""
+    peaks = []
+    for n in (1024, 2048):
+        query, key, value = (torch.randn(1, 2, n, width) for width in (48, 48, 32))
+        with _LargestTensor() as largest:
+            exact_attention(query, key, value, mask=AttentionMask.causal(n))
+        peaks.append(largest.bytes)
+    assert peaks[1] <= 2 * peaks[0] < 1024 * 1024 * 4
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Size of the largest result of any operation."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() * t.element_size() for t in tree_leaves(result) if torch.is_tensor(t)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return result
 
 
 @pytest.mark.parametrize(

@@ -91,5 +91,5 @@ PRESETS: dict[str, MraAttentionConfig] = {
     "mra": MraAttentionConfig(resolutions=(16, 4, 1), coarse="per_query", first_blocks=1),
 }
 """Named starting points: the paper's MRA-2 and MRA-2-s, and our own three-level recipe, made for
-checkpoints that were not trained with it: it always keeps the first tokens, on which pretrained
-models park attention (README, 'Methods')."""
+checkpoints that were not trained with it: the first tokens, on which pretrained models park
+attention, go first in its budget (README, 'Methods')."""

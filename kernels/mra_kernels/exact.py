@@ -118,7 +118,7 @@ def _scaling(query: Tensor, scaling: float | None) -> float:
 
 
 def _same_width(*tensors: Tensor) -> list[Tensor]:
-    """Zeros appended to the last dimension: at unequal widths torch's CPU kernel needs N x M bytes."""
+    """Zeros appended to the last dimension: at unequal widths torch falls back to N x M memory."""
     width = max(tensor.shape[-1] for tensor in tensors)
     return [torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 

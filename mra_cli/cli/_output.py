@@ -180,16 +180,17 @@ def _site_table(report: AnalyzeReport) -> Table:
             f"{first.exact_ms:.1f}",
             *(_cell(row) for row in rows),
         )
-    for row in [_mean_row(report, budgets)]:
-        table.add_section()
-        table.add_row("", "mean", "", *row)
+    table.add_section()
+    table.add_row("", "mean", "", *_mean_row(report, budgets))
     return table
 
 
 def _cell(row: SiteFigures | None) -> str:
     if row is None:
         return ""
-    colour = "green" if row.error <= 0.1 else "yellow" if row.error <= 0.3 else "red"
+    from mra_cli.analyze import GOOD_ERROR, POOR_ERROR
+
+    colour = "green" if row.error <= GOOD_ERROR else "red" if row.error > POOR_ERROR else "yellow"
     return f"[{colour}]{row.error:.3f}[/]  {100 * row.mass:3.0f}%  {row.method_ms:5.1f}"
 
 
@@ -231,9 +232,11 @@ def _budget_table(report: AnalyzeReport) -> Table:
             "embedding cosine": lambda f: f"{f.damage.cosine_mean:.4f}",
             "lowest": lambda f: f"{f.damage.cosine_min:.4f}",
         }
+    if damage.output_change is not None:
+        columns["output change"] = lambda f: f"{100 * (f.damage.output_change or 0):.1f} %"
     columns |= {
-        "attention": lambda f: _speed(report, f),
-        "peak MiB (exact)": lambda f: _memory(report, f),
+        "attention": lambda f: f"{f.exact_ms / f.method_ms:.2f}x speed",
+        "peak MiB (exact)": lambda f: f"{f.method_bytes / 2**20:.1f} ({f.exact_bytes / 2**20:.1f})",
         "verdict": lambda f: f"[{_COLOURS[f.verdict]}]{f.verdict}[/]",
     }
     for name in columns:
@@ -241,17 +244,6 @@ def _budget_table(report: AnalyzeReport) -> Table:
     for figures in report.by_budget:
         table.add_row(*(show(figures) for show in columns.values()))
     return table
-
-
-def _speed(report: AnalyzeReport, figures: BudgetFigures) -> str:
-    rows = [row for row in report.by_site if row.budget == figures.budget]
-    return f"{sum(r.exact_ms for r in rows) / sum(r.method_ms for r in rows):.2f}x speed"
-
-
-def _memory(report: AnalyzeReport, figures: BudgetFigures) -> str:
-    rows = [row for row in report.by_site if row.budget == figures.budget]
-    most, exact = max(r.method_bytes for r in rows), max(r.exact_bytes for r in rows)
-    return f"{most / 2**20:.1f} ({exact / 2**20:.1f})"
 
 
 def _pair(first: int, second: int, other: str) -> str:
