@@ -233,7 +233,7 @@ def _summarised(
     density = sum(row.density for row in rows) / len(rows)
     error = sum(row.error for row in rows) / len(rows)
     verdict, harm = _verdict(damage)
-    number = {site.name: str(index) for index, site in enumerate(sites)}
+    number = {site.name: index for index, site in enumerate(sites)}
     good = [number[row.site] for row in rows if row.error <= GOOD_ERROR]
     poor = [number[row.site] for row in rows if row.error > POOR_ERROR]
     calls = {site.name: site.calls for site in sites}
@@ -303,5 +303,15 @@ def _grade(harm: float, little: float, much: float) -> str:
     return "yes" if harm <= little else "with care" if harm <= much else "no"
 
 
-def _listed(numbers: list[str]) -> str:
-    return "sites " + ", ".join(numbers) if numbers else "none"
+def _listed(numbers: list[int]) -> str:
+    """``sites 1, 3-5``."""
+    if not numbers:
+        return "none"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ("site " if len(numbers) == 1 else "sites ") + ", ".join(parts)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from architectures import ARCHITECTURES
-from mra_cli.analyze import _verdict, analyze, choose_sites
+from mra_cli.analyze import _listed, _verdict, analyze, choose_sites
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Damage, Judge
@@ -199,6 +199,12 @@ def test_a_loss_that_falls_is_no_pass():
     assert (
         _verdict(Damage(loss=2.03, loss_exact=2.0, kl=0.02, top1_agreement=0.9))[0] == "with care"
     )
+
+
+def test_site_numbers_are_listed_as_ranges():
+    assert _listed([]) == "none"
+    assert _listed([3]) == "site 3"
+    assert _listed([0, 2, 3, 4, 9]) == "sites 0, 2-4, 9"
 
 
 def test_pure_measures():

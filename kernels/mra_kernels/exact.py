@@ -117,10 +117,15 @@ def _scaling(query: Tensor, scaling: float | None) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
-def _same_width(*tensors: Tensor) -> list[Tensor]:
+def _same_width(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Zeros appended to the last dimension: at unequal widths torch falls back to N x M memory."""
-    width = max(tensor.shape[-1] for tensor in tensors)
-    return [torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+    widths = [tensor.shape[-1] for tensor in tensors]
+    if len(set(widths)) == 1:
+        return tensors  # padding by nothing would copy
+    missing = [max(widths) - width for width in widths]
+    return tuple(
+        torch.nn.functional.pad(t, (0, more)) for t, more in zip(tensors, missing, strict=True)
+    )
 
 
 def _reach(mask: AttentionMask, first: int, last: int) -> tuple[int, int]:
