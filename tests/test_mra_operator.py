@@ -224,6 +224,30 @@ def test_coarse_blocks_of_a_causal_mask_lie_strictly_in_the_past():
     torch.testing.assert_close(later.output[:, :, :80], base.output[:, :, :80])
 
 
+@pytest.mark.parametrize("resolutions", [(8, 1), (16, 4, 1)])
+def test_priors_go_first_in_the_budget(resolutions):
+    """The first blocks (behind left padding: the first real ones) and the diagonal, every level."""
+    query, key, value = qkv(12, n=128, m=128)
+    side, skipped = resolutions[-2], 48
+    valid = torch.ones(2, 128, dtype=torch.bool)
+    valid[1, :skipped] = False
+    mask = AttentionMask.full(128, 128).with_padding(valid, valid)
+    config = MraAttentionConfig(
+        resolutions=resolutions, budget=0.5, first_blocks=1, diagonal_blocks=1
+    )
+    fine = mra_attention(query, key, value, config=config, mask=mask).selection.fine
+    chosen = torch.zeros(2, 4, 128 // side, 128 // side, dtype=torch.bool)
+    chosen[fine.head // 4, fine.head % 4, fine.row, fine.col] = True
+    for batch, first in ((0, 0), (1, skipped // side)):
+        real = chosen[batch, :, first:, first:]
+        assert real[:, :, 0].all() and real[:, 0].all()
+        assert real.diagonal(dim1=1, dim2=2).all()
+        assert not real.all()
+    without = dataclasses.replace(config, first_blocks=0, diagonal_blocks=0)
+    fine = mra_attention(query, key, value, config=without, mask=mask).selection.fine
+    assert (fine.col[fine.head < 4] == 0).sum() < 4 * 128 // side
+
+
 def test_ties_go_to_the_lower_index():
     query = torch.zeros(1, 1, 128, 4)
     key, value = torch.zeros(1, 1, 128, 4), torch.randn(1, 1, 128, 4)
