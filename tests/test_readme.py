@@ -16,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-OUTPUT = re.compile(r"(?<=```console\n\$ mra-cli analyze demo:minilm\n).*?(?=```)", re.DOTALL)
+OUTPUT = re.compile(
+    r"(?<=^```console\n\$ mra-cli analyze demo:minilm\n).*?(?=^```$)", re.DOTALL | re.MULTILINE
+)
 SITE_ROW = re.compile(r"│ (\d+) │ (\S+) +│ \w+ +│ +[\d.]+ │(.*)│$", re.MULTILINE)
 ERROR_AND_MASS = re.compile(r"([\d.]+) +(\d+)% +[\d.]+")
 
@@ -35,6 +37,26 @@ def mra_cli(arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
+
+
+def test_every_block_is_closed():
+    """And what explains the output is there: putting in a fresh one must not eat its neighbours."""
+    inside = False
+    for line in README.read_text().splitlines():
+        if line.startswith("```"):
+            assert (line == "```") == inside, line
+            inside = not inside
+    assert not inside
+    text = README.read_text()
+    for part in ("**The first table**", "**The verdict**", "\n## Commands\n", "\n## Methods\n"):
+        assert text.count(part) == 1
+
+
+def test_a_fresh_output_replaces_only_the_old_one():
+    text = README.read_text()
+    once = OUTPUT.sub("new\n", text, count=1)
+    assert OUTPUT.findall(once) == ["new\n"]
+    assert len(text) - len(once) == len(OUTPUT.findall(text)[0]) - len("new\n")
 
 
 def test_make_targets_exist():
