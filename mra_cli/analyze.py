@@ -126,7 +126,8 @@ def choose_sites(sites: list[Site], layers: str | None) -> list[Site]:
         low, dash, high = part.partition("-")
         if low.isdecimal() and (not dash or high.isdecimal()):
             last = int(high or low)
-            fitting = {number for number in able if int(low) <= number <= last}
+            inside = int(low) <= last < len(sites)  # a range that runs past the end is a slip
+            fitting = {number for number in able if inside and int(low) <= number <= last}
         else:
             fitting = {number for number, site in able.items() if part and part in site.name}
         if not fitting:
@@ -242,6 +243,8 @@ def _summarised(
     ratio = exact_ms / method_ms
     speed = f"{ratio:.2f}x the speed" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
     answer = {"yes": "Yes", "with care": "With care", "no": "No"}[verdict]
+    if verdict != "no" and ratio < 1:
+        answer += ", but not to save time here"
     summary = (
         f"{answer}: with {100 * density:.1f} % of the scores exact, {harm}. "
         f"Mean output error {error:.3f} over {len(rows)} sites; "

@@ -190,7 +190,12 @@ def _text_samples(
             batch["decoder_input_ids"] = torch.tensor([tokens[start : start + half]])
         batches.append({key: value.to(checkpoint.device) for key, value in batch.items()})
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Samples(batches, text_name, digest, seq_len)
+    source = text_name
+    if windows < count:
+        source += f" (only {windows} of {count} samples fit)"
+    if _wants_decoder_ids(model):
+        source += "; the decoder is fed the first half of each again"
+    return Samples(batches, source, digest, seq_len)
 
 
 def _wants_decoder_ids(model: PreTrainedModel) -> bool:

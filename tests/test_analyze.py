@@ -15,7 +15,7 @@ from mra_cli.analyze import _listed, _verdict, analyze, choose_sites
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Damage, Judge
-from mra_cli.inputs import Samples, dry_run, make_samples, probe
+from mra_cli.inputs import Samples, default_text, dry_run, make_samples, probe
 from mra_cli.measure import (
     captured_mass,
     paired_latency_ms,
@@ -131,6 +131,15 @@ def test_encoder_decoders_are_judged_by_the_decoder_s_loss():
     low, full = (figures.damage for figures in found.by_budget)
     assert full.loss == pytest.approx(full.loss_exact, rel=1e-5)
     assert low.kl > full.kl
+
+
+@pytest.mark.checkpoints
+def test_samples_say_what_was_not_as_asked(minilm):
+    text = default_text()[:9000]
+    samples = make_samples(minilm, text=text, text_name="mine", seq_len=512, count=50)
+    fitting = len(samples.batches)
+    assert 1 <= fitting < 50
+    assert samples.source == f"mine (only {fitting} of 50 samples fit)"
 
 
 def test_windows_that_demand_more_than_the_budget_are_named():

@@ -153,7 +153,7 @@ def test_settings_out_of_range(analyze, pair, says):
 
 
 @pytest.mark.parametrize(
-    "layers", ["99", "2-5", "9-3", "1-0", "a-b", "0,99", "0-", "-1", "", ",", "²"]
+    "layers", ["99", "2-5", "0-9", "9-3", "1-0", "a-b", "0,99", "0-", "-1", "", ",", "²"]
 )
 def test_layers_that_fit_nothing(analyze, layers):
     got = f"got '[^']*{layers.split(',')[-1]}'"

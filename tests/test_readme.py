@@ -107,7 +107,7 @@ def test_the_output_shown_is_what_the_command_prints(tmp_path, minilm):
         for (error, mass), (fresh_error, fresh_mass) in zip(rows, actual[site], strict=True):
             assert fresh_error == pytest.approx(error, abs=0.002)
             assert fresh_mass == pytest.approx(mass, abs=1)
-    verdicts = r"Budget [\d.]+\. (Yes|No|With care):"
+    verdicts = r"Budget [\d.]+\. (Yes|No|With care)"
     assert re.findall(verdicts, shown[0]) == re.findall(verdicts, printed)
 
 

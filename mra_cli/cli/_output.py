@@ -96,7 +96,8 @@ class Output:
         count = sum(site.verdict == "patch" for site in sites)
         self._out.print(
             f"{count} of {len(sites)} sites can be approximated. "
-            "Kinds: N noncausal, C causal; S self-, C cross-attention.",
+            "Kinds: NS and CS noncausal and causal self-attention, NC cross-attention, "
+            "CC cross-attention of a causal decoder.",
             style="dim",
         )
         self._write(json.dumps({"model": model, "sites": [asdict(s) for s in sites]}, indent=2))
