@@ -77,10 +77,8 @@ class AttentionCall:
                 "set the config's attention dropout to 0 to train"
             )
         n_keys = key.shape[2]
-        mask, bias = read_mask(attention_mask, module, query, n_keys, is_causal)
+        mask, bias = read_mask(attention_mask, module, query, n_keys, is_causal, cross=cross)
         window = attention_mask.window if isinstance(attention_mask, LazyMask) else None
-        if mask is not None and isinstance(attention_mask, LazyMask) and not cross:
-            mask = mask.with_padding(mask.key_valid, attention_mask.padding_of_queries())
         if position_bias is not None:
             position_bias = position_bias[..., :n_keys]
             bias = position_bias if bias is None else position_bias + bias

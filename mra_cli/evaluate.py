@@ -6,7 +6,6 @@ A `Judge` keeps what the exact model said about each sample and compares later r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mra_cli.sites import check_numbers, output_tensors
-
-Rows = Callable[[slice], Tensor]
-"""Logits of some rows of a sample, float32 ``[rows, classes]``."""
 
 _ROWS_AT_ONCE = 256
 _MASKED_SHARE = 0.15

@@ -70,7 +70,7 @@ class LazyMask(torch.Tensor):
     """
 
     _request: dict[str, Any]
-    _resolved: AttentionMask | None
+    _resolved: dict[bool, AttentionMask]
 
     @staticmethod
     def __new__(cls, request: dict[str, Any]) -> LazyMask:
@@ -79,7 +79,7 @@ class LazyMask(torch.Tensor):
             cls, shape, dtype=torch.bool, device=request.get("device", "cpu")
         )
         mask._request = request
-        mask._resolved = None
+        mask._resolved = {}
         return mask
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -95,18 +95,25 @@ class LazyMask(torch.Tensor):
         mask: Tensor = sdpa_mask(**request)
         return mask
 
-    def resolved(self) -> AttentionMask:
-        """The mask as intervals; worked out once, for all layers that share it."""
-        if self._resolved is None:
-            self._resolved = _resolve(self)
-        return self._resolved
+    def resolved(self, *, cross: bool = False) -> AttentionMask:
+        """The mask as intervals; worked out once, for all layers that share it.
+
+        Args:
+            cross: Keys come from another sequence, so their padding says nothing of the queries.
+        """
+        if cross not in self._resolved:
+            mask = _resolve(self)
+            if not cross:
+                mask = mask.with_padding(mask.key_valid, self._padding_of_queries())
+            self._resolved[cross] = mask
+        return self._resolved[cross]
 
     @property
     def window(self) -> int | None:
         """Keys a row can see at most by the window or chunk in the mask's closures, if any."""
         return _window(self._request.get("mask_function"))
 
-    def padding_of_queries(self) -> Tensor | None:
+    def _padding_of_queries(self) -> Tensor | None:
         """Real queries ``[B, N]`` if keys and queries are the same tokens; None: all are."""
         offset, length = int(self._request.get("q_offset", 0)), self.shape[2]
         valid = self._request.get("attention_mask")
@@ -140,7 +147,13 @@ def lazy_mask(**request: Any) -> Tensor:
 
 
 def read_mask(
-    mask: Tensor | None, module: nn.Module, query: Tensor, n_keys: int, is_causal: bool | None
+    mask: Tensor | None,
+    module: nn.Module,
+    query: Tensor,
+    n_keys: int,
+    is_causal: bool | None,
+    *,
+    cross: bool = False,
 ) -> tuple[AttentionMask | None, Tensor | None]:
     """What an attention function was told about visibility.
 
@@ -151,13 +164,14 @@ def read_mask(
         query: Queries of this call, ``[B, H, N, D]``.
         n_keys: Keys of this call.
         is_causal: The keyword argument of the same name, None if it was not passed.
+        cross: Keys come from another sequence.
 
     Returns:
         The mask, and the additive bias ``[B or 1, H or 1, N, M]`` if the tensor held one. The mask
         is None if heads differ in what they may see; everything is then in the bias.
     """
     if isinstance(mask, LazyMask):
-        return mask.resolved(), None
+        return mask.resolved(cross=cross), None
     n_queries, device = query.shape[2], query.device
     if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -172,9 +186,9 @@ def read_mask(
         bias = mask.masked_fill(~visible, 0.0)
         bias = bias if bool(bias.any()) else None
     if not bool((visible == visible[:, :1]).all()):
-        return None, torch.zeros_like(mask).masked_fill(
-            ~visible, -torch.inf
-        ) if bias is None else mask
+        if mask.dtype == torch.bool:
+            mask = query.new_zeros(mask.shape).masked_fill(~visible, -torch.inf)
+        return None, mask
     return AttentionMask.from_dense(visible[:, 0], query_offset=n_keys - n_queries), bias
 
 

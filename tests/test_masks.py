@@ -16,8 +16,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from mra_cli.calls import AttentionCall
 from mra_cli.host import LazyMask, lazy_mask, read_mask
-from mra_kernels import AttentionMask
+from mra_kernels import AttentionMask, exact_attention
 
 N = 23
 
@@ -146,6 +147,22 @@ def test_a_static_cache_counts_on_after_the_mask_was_made():
     assert mask.resolved().stop[0].tolist() == [4, 5, 6, 7]
 
 
+def test_padding_of_keys_is_that_of_queries_only_in_self_attention():
+    """Equal lengths don't make the two the same tokens; a decoder's rows may all be real."""
+    mask = lazy_mask(**request(bidirectional_mask_function, LEFT))
+    assert torch.equal(mask.resolved().query_valid, LEFT)
+    assert mask.resolved(cross=True).query_valid is None
+    assert torch.equal(mask.resolved(cross=True).key_valid, LEFT)
+    assert mask.resolved() is mask.resolved(), "worked out once for all layers"
+    later = lazy_mask(**request(causal_mask_function, LEFT, q=7, kv=20, q_offset=13)).resolved()
+    assert later.query_valid is None, "the last seven tokens are all real"
+    for cross, real in ((False, LEFT), (True, torch.ones_like(LEFT))):
+        call = AttentionCall.from_host(
+            torch.nn.Linear(1, 1), *torch.randn(3, 2, 4, N, 8), mask, cross=cross, grid=None
+        )
+        assert torch.equal(call.valid_rows, real)
+
+
 def test_a_lazy_mask_becomes_a_real_one_when_touched():
     mask = lazy_mask(**request(causal_mask_function, LEFT))
     assert mask.shape == (2, 1, N, N)
@@ -165,8 +182,12 @@ def test_masks_of_the_host_s_own_making():
     mask, bias = read_mask(additive, module, query, N, None)
     assert mask.is_full and torch.equal(bias, additive)
     by_head = torch.rand(2, 4, N, N) < 0.5
+    by_head[..., 0] = True  # every row sees something
     mask, bias = read_mask(by_head, module, query, N, None)
-    assert mask is None and torch.equal(bias == 0, by_head)
+    assert mask is None
+    query, key, value = torch.randn(3, 2, 4, N, 8).unbind(0)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, by_head)
+    torch.testing.assert_close(exact_attention(query, key, value, bias=bias), expected)
     mask, _ = read_mask(None, module, query, N, None)
     assert mask.is_plain_causal, "the host's default, where module and arguments are silent"
     mask, _ = read_mask(None, module, query, N, False)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,23 +19,9 @@ from mra_kernels import (
     exact_attention,
     mra_attention,
 )
-from mra_kernels.layout import BlockLayout, patch_shapes
-from mra_kernels.testing import dense_logits, dense_mra, dense_softmax
+from mra_kernels.testing import dense_logits, dense_mra, dense_softmax, make_qkv
 
 RESOLUTIONS = [(32, 1), (16, 4, 1), (8, 1), (12, 6, 2, 1)]
-
-
-def qkv(seed: int, batch=2, heads=4, kv_heads=2, n=50, m=50, d=8, dv=8, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return (
-        2 * normal(batch, heads, n, d),
-        2 * normal(batch, kv_heads, m, d),
-        normal(batch, kv_heads, m, dv),
-    )
 
 
 @st.composite
@@ -46,7 +31,7 @@ def cases(draw):
     n = draw(st.integers(1, 80))
     m = n if draw(st.booleans()) else draw(st.integers(1, 80))
     seed = draw(st.integers(0, 2**16))
-    query, key, value = qkv(
+    query, key, value = make_qkv(
         seed,
         batch,
         kv_heads * group,
@@ -141,7 +126,7 @@ def test_exact_attention_against_the_dense_formula(case):
 
 def test_two_levels_choose_the_best_blocks():
     """R = (32, 1) is the paper's MRA-2: the top blocks by row-normalised mean logit."""
-    query, key, value = qkv(0, batch=1, heads=2, kv_heads=2, n=128, m=128)
+    query, key, value = make_qkv(0, batch=1, heads=2, kv_heads=2, n=128, m=128)
     config = MraAttentionConfig(blocks_per_row=1)
     selection = mra_attention(query, key, value, config=config).selection
     logits = torch.einsum("bhnd,bhmd->bhnm", query, key) * 8**-0.5
@@ -154,7 +139,7 @@ def test_two_levels_choose_the_best_blocks():
 
 
 def test_the_published_score_and_the_code_s_score_differ():
-    query, key, value = qkv(3, batch=1, n=256, m=256)
+    query, key, value = make_qkv(3, batch=1, n=256, m=256)
     chosen = [
         mra_attention(query, key, value, config=MraAttentionConfig(score=score)).selection.fine
         for score in ("row", "mu")
@@ -164,7 +149,7 @@ def test_the_published_score_and_the_code_s_score_differ():
 
 
 def test_budget_zero_blocks_is_attention_between_pooled_tokens():
-    query, key, value = qkv(1, batch=1, heads=1, kv_heads=1, n=64, m=64)
+    query, key, value = make_qkv(1, batch=1, heads=1, kv_heads=1, n=64, m=64)
     output = mra_attention(query, key, value, config=MraAttentionConfig(budget=1e-6)).output
     pooled = [x.unflatten(2, (2, 32)).mean(3) for x in (query, key, value)]
     expected = exact_attention(*pooled).repeat_interleave(32, dim=2)
@@ -173,7 +158,7 @@ def test_budget_zero_blocks_is_attention_between_pooled_tokens():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_constant_values_come_out_unchanged(name):
-    query, key, _ = qkv(2)
+    query, key, _ = make_qkv(2)
     value = torch.full((2, 2, 50, 3), 1.25, dtype=torch.float64)
     for mask in (AttentionMask.full(50, 50), AttentionMask.causal(50)):
         output = mra_attention(query, key, value, config=PRESETS[name], mask=mask).output
@@ -182,7 +167,7 @@ def test_constant_values_come_out_unchanged(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_batch_items_and_heads_do_not_touch_each_other(name):
-    query, key, value = qkv(4, heads=4, kv_heads=4)
+    query, key, value = make_qkv(4, heads=4, kv_heads=4)
     config = PRESETS[name]
     whole = mra_attention(query, key, value, config=config).output
     for b in range(2):
@@ -194,10 +179,10 @@ def test_batch_items_and_heads_do_not_touch_each_other(name):
 
 def test_padding_changes_nothing_for_real_rows():
     """A padded sample gives what the same sample gives alone, when its blocks line up."""
-    query, key, value = qkv(5, batch=1, n=64, m=64)
+    query, key, value = make_qkv(5, batch=1, n=64, m=64)
     config = MraAttentionConfig(resolutions=(8, 1), budget=0.3, first_blocks=1)
     alone = mra_attention(query, key, value, config=config)
-    noise = qkv(6, batch=1, n=24, m=24)
+    noise = make_qkv(6, batch=1, n=24, m=24)
     for left in (False, True):
         padded = [
             torch.cat([b, a] if left else [a, b], dim=2)
@@ -212,7 +197,7 @@ def test_padding_changes_nothing_for_real_rows():
 
 
 def test_coarse_blocks_of_a_causal_mask_lie_strictly_in_the_past():
-    query, key, value = qkv(7, n=100, m=100)
+    query, key, value = make_qkv(7, n=100, m=100)
     config = MraAttentionConfig(resolutions=(16, 4, 1), budget=0.05, coarse="per_query")
     base = mra_attention(query, key, value, config=config, mask=AttentionMask.causal(100))
     for level in base.selection.coarse:
@@ -227,7 +212,7 @@ def test_coarse_blocks_of_a_causal_mask_lie_strictly_in_the_past():
 @pytest.mark.parametrize("resolutions", [(8, 1), (16, 4, 1)])
 def test_priors_go_first_in_the_budget(resolutions):
     """The first blocks (behind left padding: the first real ones) and the diagonal, every level."""
-    query, key, value = qkv(12, n=128, m=128)
+    query, key, value = make_qkv(12, n=128, m=128)
     side, skipped = resolutions[-2], 48
     valid = torch.ones(2, 128, dtype=torch.bool)
     valid[1, :skipped] = False
@@ -258,7 +243,7 @@ def test_ties_go_to_the_lower_index():
 
 def test_a_row_without_a_block_is_rescued_and_charged():
     """MRA-2-s with one block for four rows of blocks: the others get their best block."""
-    query, key, value = qkv(8, batch=1, heads=1, kv_heads=1, n=128, m=128)
+    query, key, value = make_qkv(8, batch=1, heads=1, kv_heads=1, n=128, m=128)
     config = MraAttentionConfig(coarse="none", score="mu", budget=1 / 16)
     result = mra_attention(query, key, value, config=config)
     assert result.selection.fine.row.unique().numel() == 4
@@ -268,7 +253,7 @@ def test_a_row_without_a_block_is_rescued_and_charged():
 
 
 def test_gradients_match_the_dense_formula():
-    query, key, value = (x.requires_grad_() for x in qkv(9, batch=1, n=40, m=40))
+    query, key, value = (x.requires_grad_() for x in make_qkv(9, batch=1, n=40, m=40))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     config = MraAttentionConfig(resolutions=(8, 2, 1), budget=0.2)
     mask = AttentionMask.causal(40)
@@ -286,62 +271,12 @@ def test_gradients_match_the_dense_formula():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32(dtype):
-    query, key, value = qkv(10, dtype=dtype)
+    query, key, value = make_qkv(10, dtype=dtype)
     config = MraAttentionConfig(resolutions=(8, 1))
     output = mra_attention(query, key, value, config=config).output
     exact = mra_attention(query.float(), key.float(), value.float(), config=config).output
     assert output.dtype == dtype
     torch.testing.assert_close(output, exact.to(dtype))
-
-
-def test_image_layout_makes_blocks_of_patches():
-    assert patch_shapes((32, 1)) == [(4, 8), (1, 1)]
-    assert patch_shapes((16, 4, 1)) == [(4, 4), (2, 2), (1, 1)]
-    layout = BlockLayout.image(1 + 8 * 16, (8, 16), (32, 1))
-    assert layout.filled.sum() == 129
-    assert torch.equal(layout.source[layout.slot], torch.arange(129))
-    first_patch = layout.source[32:64] - 1  # block 0 is the class token's own
-    assert set(first_patch.tolist()) == {r * 16 + c for r in range(4) for c in range(8)}
-    nested = BlockLayout.image(64, (8, 8), (16, 4, 1))
-    assert set(nested.source[:4].tolist()) == {0, 1, 8, 9}
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (9, 7), (5, 3)])
-def test_image_layout_is_exact_at_full_budget_and_better_below(grid):
-    """On keys that vary smoothly over the picture, patches beat runs of a row."""
-    height, width = grid
-    n = height * width + 1
-    rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    place = torch.stack([rows, cols], -1).flatten(0, 1).double()
-    key = torch.cat([torch.zeros(1, 2, dtype=torch.float64), place])[None, None]
-    query = key * 0.3
-    value = torch.cat([torch.cos(key), torch.sin(key)], -1)
-    config = MraAttentionConfig(resolutions=(16, 4, 1), budget=1.0, grid=grid)
-    exact = exact_attention(query, key, value)
-    torch.testing.assert_close(mra_attention(query, key, value, config=config).output, exact)
-    if grid != (8, 8):
-        return
-    errors = []
-    for shape in (grid, None):
-        less = dataclasses.replace(config, budget=0.2, grid=shape)
-        errors.append((mra_attention(query, key, value, config=less).output - exact).norm())
-    assert errors[0] < errors[1]
-    assert n == 65
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_empty_slots_of_an_image_layout_cost_nothing(name):
-    """The density reached counts real tokens, and the budget is theirs."""
-    query, key, value = qkv(11, batch=1, heads=2, kv_heads=2, n=197, m=197)
-    config = dataclasses.replace(PRESETS[name], grid=(14, 14))
-    selection = mra_attention(query, key, value, config=config).selection
-    filled = BlockLayout.image(197, (14, 14), config.resolutions).filled
-    fine = selection.fine
-    inner = torch.arange(fine.side)
-    rows, cols = (filled[x[:, None] * fine.side + inner].sum(1) for x in (fine.row, fine.col))
-    real = torch.zeros(2, dtype=torch.int64).index_add(0, fine.head, rows * cols) / 197**2
-    torch.testing.assert_close(selection.density[0], real)
-    assert (selection.density <= 0.25 + selection.forced).all()
 
 
 def test_values_of_another_width_keep_memory_linear():

@@ -133,9 +133,7 @@ def mra_reference(
     empty = total.mass == 0
     output = total.weighted / total.mass.masked_fill(empty, 1.0)[..., None]
     # Rows that may see nothing: the mean of the values, never zeros or NaN.
-    mean = _mean_value(v, key_valid, n_keys=key.shape[2]).repeat_interleave(
-        heads // key.shape[1], dim=1
-    )
+    mean = _mean_value(v, key_valid).repeat_interleave(heads // key.shape[1], dim=1)
     output = torch.where(rows(empty)[..., None], mean, rows(output))
     lse = fine.peak + fine.mass.log()
     return output.to(value.dtype), rows(lse), selection
@@ -321,7 +319,7 @@ def _with_sinks(
     )
 
 
-def _mean_value(value: Tensor, valid: Tensor | None, n_keys: int) -> Tensor:
+def _mean_value(value: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return value.mean(2, keepdim=True)
     weights = valid[:, None, :, None].to(value.dtype)

@@ -1,4 +1,5 @@
-"""Measuring sticks for tests: dense float64 formulas that share no block code with operators."""
+"""Measuring sticks for tests: dense float64 formulas that share no block code with operators,
+and inputs to try them on."""
 
 from __future__ import annotations
 
@@ -9,6 +10,32 @@ from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import Selection
+
+
+def make_qkv(
+    seed: int,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    n: int = 50,
+    m: int = 50,
+    d: int = 8,
+    dv: int = 8,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal queries ``[B, H, n, d]`` and keys ``[B, Hkv, m, d]`` (doubled, for peaked rows), and
+    values ``[B, Hkv, m, dv]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return (
+        2 * normal(batch, heads, n, d),
+        2 * normal(batch, kv_heads, m, d),
+        normal(batch, kv_heads, m, dv),
+    )
 
 
 def dense_logits(
