@@ -1,6 +1,6 @@
 """Multi-resolution attention (MRA) operators: torch only, no transformers."""
 
-from mra_kernels.api import MraResult, mra_attention
+from mra_kernels.api import MraResult, implementations, mra_attention
 from mra_kernels.config import PRESETS, MraAttentionConfig
 from mra_kernels.exact import exact_attention, exact_with_lse
 from mra_kernels.masks import AttentionMask
@@ -14,5 +14,6 @@ __all__ = [
     "ScoreRule",
     "exact_attention",
     "exact_with_lse",
+    "implementations",
     "mra_attention",
 ]

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from mra_kernels import native
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.layout import BlockLayout
 from mra_kernels.masks import AttentionMask
@@ -14,7 +15,7 @@ from mra_kernels.reference import mra_reference
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import Selection
 
-Impl = Literal["auto", "reference"]
+Impl = Literal["auto", "native", "reference"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ def mra_attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     impl: Impl = "auto",
+    selection: Selection | None = None,
 ) -> MraResult:
     """Multi-resolution attention (arXiv 2207.10284) on any shape, mask and head grouping.
 
@@ -59,11 +61,13 @@ def mra_attention(
         softcap: Soft-cap of the logits.
         sinks: Logits that only feed the denominator, ``[H]``.
         bias: Added to the logits, ``[B or 1, H or 1, N, M]``.
-        impl: ``reference`` (plain torch, every device and dtype), or ``auto``: the best one here,
-            named in the result.
+        impl: ``reference`` (plain torch, every device and dtype, gradients), ``native`` (C++ on
+            CPUs), or ``auto``: the fastest that can take the call, named in the result.
+        selection: The blocks to open, from another call with the same config and mask, instead of
+            choosing them; ``reference`` only.
 
     Raises:
-        ValueError: Shapes, dtypes, mask or grid do not fit together.
+        ValueError: Shapes, dtypes, mask or grid do not fit together, or ``impl`` can't take them.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
@@ -79,10 +83,37 @@ def mra_attention(
         # Empty slots see nothing, so that they cost nothing.
         mask = AttentionMask(full.start, full.stop * layout.filled, slots, filled, filled)
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, bias)
-    output, lse, selection = mra_reference(query, key, value, mask, config, rule, sinks)
+    impl = _resolved(impl, (query, key, value, sinks, bias), mask, selection)
+    if impl == "native":
+        output, lse, selection = native.mra_native(query, key, value, mask, config, rule, sinks)
+    else:
+        output, lse, selection = mra_reference(
+            query, key, value, mask, config, rule, sinks, selection
+        )
     if layout is not None:
         output, lse = layout.restored(output), layout.restored(lse)
-    return MraResult(output, lse, selection, "reference")
+    return MraResult(output, lse, selection, impl)
+
+
+def implementations() -> dict[str, str | None]:
+    """Every implementation by name: None if it can be used here, else one line saying why not."""
+    return {"native": native.reason_against(), "reference": None}
+
+
+def _resolved(
+    impl: Impl,
+    tensors: tuple[Tensor | None, ...],
+    mask: AttentionMask,
+    selection: Selection | None,
+) -> Impl:
+    if impl == "reference":
+        return impl
+    reason = native.reason_against(*tensors, mask=mask)
+    if selection is not None:
+        reason = "native chooses its own blocks; leave selection out"
+    if impl == "native" and reason is not None:
+        raise ValueError(f"{reason}; or use impl='reference'")
+    return "native" if reason is None else "reference"
 
 
 def _image_layout(

@@ -7,7 +7,7 @@ numbers. A boolean matrix is kept only for masks that have no such form.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -38,7 +38,6 @@ class AttentionMask:
     query_valid: Tensor | None = None
     dense: Tensor | None = None
     query_offset: int = 0
-    _cache: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
     # --- constructors -------------------------------------------------------------------------
 
@@ -97,13 +96,13 @@ class AttentionMask:
         intervals = cls(start, stop, n_keys, key_valid, query_offset=query_offset)
         if bool((intervals.rows(0, start.shape[1]) == visible).all()):
             return intervals
-        return replace(intervals, dense=visible, _cache={})
+        return replace(intervals, dense=visible)
 
     def with_padding(
         self, key_valid: Tensor | None, query_valid: Tensor | None = None
     ) -> AttentionMask:
         """The same mask with padding: bool ``[B, M]`` keys and bool ``[B, N]`` queries."""
-        return replace(self, key_valid=key_valid, query_valid=query_valid, _cache={})
+        return replace(self, key_valid=key_valid, query_valid=query_valid)
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -220,6 +219,18 @@ class AttentionMask:
             _block_sum(keys, side).expand(batch_size, -1),
         )
 
+    def pooled_tokens(self, side: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which queries and keys count in block means, bool ``[B or 1, N]`` and ``[B or 1, M]``.
+
+        Real ones do (None: all); in blocks of ``side`` padding queries alone, all do, for want of
+        better.
+        """
+        queries = self.query_valid
+        if queries is not None:
+            alone = self.padding_rows(side, queries.shape[0]).repeat_interleave(side, dim=1)
+            queries = queries | alone[:, : self.n_queries]
+        return queries, self.key_valid
+
     def padding_rows(self, side: int, batch_size: int) -> Tensor:
         """Rows of blocks without a single real query, bool ``[B, blocks]``."""
         if self.query_valid is None:
@@ -231,6 +242,13 @@ class AttentionMask:
         """Legal entries of each row of blocks, int64 ``[B, blocks]``."""
         legal = self.legal_per_row().expand(batch_size, -1)
         return _block_sum(legal, side)
+
+    @cached_property
+    def real_before(self) -> Tensor | None:
+        """How many real keys stand before each key, int64 ``[B or 1, M + 1]``; None: all real."""
+        if self.key_valid is None:
+            return None
+        return torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
 
     # --- helpers ------------------------------------------------------------------------------
 
@@ -247,10 +265,8 @@ class AttentionMask:
         """Valid keys in ``[low, high)``; ``batch``: the batch index of each row, if they mix."""
         if self.key_valid is None:
             return (high - low).clamp(min=0)
-        if "prefix" not in self._cache:
-            counted = self.key_valid.long().cumsum(-1)
-            self._cache["prefix"] = torch.nn.functional.pad(counted, (1, 0))
-        prefix = self._cache["prefix"]
+        prefix = self.real_before
+        assert prefix is not None
         high = torch.maximum(low, high).clamp(max=self.n_keys)
         low = low.clamp(max=self.n_keys)
         if batch is None:

@@ -84,6 +84,7 @@ def mra_reference(
     config: MraAttentionConfig,
     rule: ScoreRule,
     sinks: Tensor | None,
+    selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """MRA attention.
 
@@ -95,6 +96,7 @@ def mra_reference(
         config: The operator.
         rule: Scaling, soft-cap and bias.
         sinks: Logits that only feed the denominator, ``[H]``, or None.
+        selection: The blocks to open; None: choose them.
 
     Returns:
         Output ``[B, H, N, Dv]``, the log-sum-exp of the exactly computed logits ``[B, H, N]``
@@ -104,10 +106,18 @@ def mra_reference(
     dtype = query.dtype if query.dtype == torch.float64 else torch.float32
     coarsest = config.resolutions[0]
     q, k, v = (pad_blocks(x.to(dtype), coarsest) for x in (query, key, value))
-    query_valid, key_valid = _pooled_tokens(mask, q.shape[2], k.shape[2], coarsest)
+    query_valid, key_valid = (
+        _padded(valid, length, x)
+        for valid, length, x in zip(
+            mask.pooled_tokens(coarsest), (n_queries, key.shape[2]), (q, k), strict=True
+        )
+    )
     pooled_q = block_pyramid(q, query_valid, config.resolutions)
     pooled_k = block_pyramid(k, key_valid, config.resolutions)
-    selection = select_blocks(pooled_q, pooled_k, mask, config, rule)
+    if selection is None:
+        selection = select_blocks(pooled_q, pooled_k, mask, config, rule)
+    else:
+        selection = selection.rescored(pooled_q, pooled_k, mask, rule)
 
     def cut(side: int) -> _Operands:
         group = math.gcd(coarsest // side, max(1, _TILE_ROWS // side))
@@ -130,11 +140,8 @@ def mra_reference(
     def rows(flat: Tensor) -> Tensor:
         return flat.unflatten(0, (batch_size, heads, -1))[:, :, :n_queries]
 
-    empty = total.mass == 0
-    output = total.weighted / total.mass.masked_fill(empty, 1.0)[..., None]
-    # Rows that may see nothing: the mean of the values, never zeros or NaN.
-    mean = _mean_value(v, key_valid).repeat_interleave(heads // key.shape[1], dim=1)
-    output = torch.where(rows(empty)[..., None], mean, rows(output))
+    output = rows(total.weighted / total.mass.masked_fill(total.mass == 0, 1.0)[..., None])
+    output = for_blind_rows(output, v, mask, sinks)
     lse = fine.peak + fine.mass.log()
     return output.to(value.dtype), rows(lse), selection
 
@@ -285,26 +292,13 @@ def _tile_lists(
         first = last
 
 
-def _pooled_tokens(
-    mask: AttentionMask, n: int, m: int, side: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which queries and keys (padded to lengths ``n`` and ``m``) count in block means.
-
-    Real ones do; in blocks of padding queries alone, all do, for want of better.
-    """
-
-    def padded(valid: Tensor | None, length: int, to: int) -> Tensor | None:
-        if valid is None:
-            if length == to:
-                return None
-            valid = torch.ones(1, length, dtype=torch.bool, device=mask.start.device)
-        return torch.nn.functional.pad(valid, (0, to - length))
-
-    queries = mask.query_valid
-    if queries is not None:
-        alone = mask.padding_rows(side, queries.shape[0]).repeat_interleave(side, dim=1)
-        queries = queries | alone[:, : mask.n_queries]
-    return padded(queries, mask.n_queries, n), padded(mask.key_valid, mask.n_keys, m)
+def _padded(valid: Tensor | None, length: int, tokens: Tensor) -> Tensor | None:
+    """Which of the tokens count: ``valid`` of the first ``length``, none of the padding."""
+    if valid is None:
+        if length == tokens.shape[2]:
+            return None
+        valid = torch.ones(1, length, dtype=torch.bool, device=tokens.device)
+    return torch.nn.functional.pad(valid, (0, tokens.shape[2] - length))
 
 
 def _with_sinks(
@@ -319,8 +313,24 @@ def _with_sinks(
     )
 
 
-def _mean_value(value: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is None:
-        return value.mean(2, keepdim=True)
-    weights = valid[:, None, :, None].to(value.dtype)
-    return (value * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1)
+def for_blind_rows(
+    output: Tensor, value: Tensor, mask: AttentionMask, sinks: Tensor | None
+) -> Tensor:
+    """Rows that may see nothing get the mean of the real values (nothing from sinks), never NaN.
+
+    Args:
+        output: ``[B, H, N, Dv]``.
+        value: ``[B, Hkv, M or more, Dv]``.
+    """
+    blind = mask.legal_per_row() == 0
+    if not bool(blind.any()):
+        return output
+    if sinks is not None:
+        return output.masked_fill(blind[:, None, :, None], 0.0)
+    value = value[:, :, : mask.n_keys]
+    valid = mask.key_valid
+    weights = value.new_ones(1, mask.n_keys) if valid is None else valid.to(value.dtype)
+    sums = torch.einsum("bhmd,bm->bhd", value, weights.expand(value.shape[0], -1))
+    mean = sums / weights.sum(-1).clamp(min=1)[:, None, None]
+    mean = mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)
+    return torch.where(blind[:, None, :, None], mean[:, :, None], output)

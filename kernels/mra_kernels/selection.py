@@ -6,7 +6,9 @@ cuts through are always refined, since one pooled score can't honour the cut.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,19 +55,45 @@ class Selection:
     """The plan of one call. ``fine`` and ``coarse`` together tile the legal entries exactly once.
 
     Attributes:
-        fine: Pairs computed entry by entry.
-        coarse: Pairs left at a pooled score, one group per resolution; empty for coarse="none".
         density: Exact entries / legal entries, padding rows left out, ``[B, H]``.
         forced: The part of the density that the mask (and, without a coarse term, rows that would
             see nothing) demands whatever the budget, ``[B, H]``.
         dot_products: Pooled and exact scores evaluated, over all heads.
+        pairs: Makes ``fine`` and ``coarse``: fast implementations list them only when asked.
     """
 
-    fine: BlockPairs
-    coarse: tuple[BlockPairs, ...]
     density: Tensor
     forced: Tensor
     dot_products: int
+    pairs: Callable[[], tuple[BlockPairs, tuple[BlockPairs, ...]]]
+
+    @cached_property
+    def _pairs(self) -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
+        return self.pairs()
+
+    @property
+    def fine(self) -> BlockPairs:
+        """Pairs computed entry by entry."""
+        return self._pairs[0]
+
+    @property
+    def coarse(self) -> tuple[BlockPairs, ...]:
+        """Pairs left at a pooled score, one group per resolution; empty for coarse="none"."""
+        return self._pairs[1]
+
+    def rescored(
+        self,
+        queries: dict[int, Tensor],
+        keys: dict[int, Tensor],
+        mask: AttentionMask,
+        rule: ScoreRule,
+    ) -> Selection:
+        """The same blocks with the scores of other tokens. Arguments as in `select_blocks`."""
+        fine, coarse = (
+            [replace(p, logit=pair_logits(p, queries[p.side], keys[p.side], mask, rule)) for p in g]
+            for g in ([self.fine], self.coarse)
+        )
+        return replace(self, pairs=lambda: (fine[0], tuple(coarse)))
 
 
 def select_blocks(
@@ -123,7 +151,19 @@ def select_blocks(
         dots += sum(len(level) * level.side for level in coarse)
     density = (exact / total.clamp(min=1)).view(batch_size, heads)
     forced_density = (forced_entries / total.clamp(min=1)).view(batch_size, heads)
-    return Selection(pairs, tuple(coarse), density, forced_density, dots)
+    return Selection(density, forced_density, dots, lambda: (pairs, tuple(coarse)))
+
+
+def pair_logits(
+    pairs: BlockPairs, queries: Tensor, keys: Tensor, mask: AttentionMask, rule: ScoreRule
+) -> Tensor:
+    """Pooled score of each pair, ``[P]``, from the pooled tokens of its side."""
+    heads, per_kv = queries.shape[1], queries.shape[1] // keys.shape[1]
+    q = take_blocks(queries.flatten(0, 1), pairs.head, pairs.row)
+    k = take_blocks(keys.flatten(0, 1), pairs.head // per_kv, pairs.col)
+    bias = rule.block_bias(mask, pairs.side, per_query=False)
+    where = pairs.head // heads, pairs.head % heads, pairs.row, pairs.col
+    return rule.logits((q * k).sum(-1), gather_bias(bias, *where))
 
 
 def _coarsest(

@@ -1,0 +1,68 @@
+// One call as native.py describes it, field by field; strides count floats.
+#pragma once
+
+#include <cstdint>
+
+struct Rows {  // vectors with adjacent features
+  const float* data;
+  int64_t batch, head, row;
+};
+
+struct Bias {  // data is null where there is none
+  const float* data;
+  int64_t batch, head, row, col;
+};
+
+struct Call {
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width, threads;
+  Rows query, key, value;
+  const int64_t *start, *stop;  // visible keys of each query
+  int64_t interval_batch;       // stride of both; 0: shared
+  const int64_t* real_before;   // real keys before each key [batch][keys + 1]; null: all are real
+  int64_t real_batch;
+  Bias bias;
+  const float* sinks;
+  float* output;  // [batch][heads][queries][value_width]
+  float* lse;     // [batch][heads][queries]
+  double scaling, softcap;  // softcap 0: none
+};
+
+struct Level {  // one block side; bitmaps have a bit per key block
+  int64_t side, rows, cols, words;
+  Rows query, key, value;  // block means
+  Bias pair_bias, query_bias;
+  const int64_t *n_queries, *n_keys, *entries;  // [batch][rows], [batch][cols], [batch][rows]
+  const float* log_keys;                        // logarithm of n_keys
+  const int64_t *first_row, *first_col;         // first blocks with a real token [batch]
+  uint64_t *open, *left;  // opened, and left at a pooled score [batch * heads][rows][words]
+  double area;            // share of the legal entries that may be opened
+};
+
+struct Choice {
+  int64_t by_row_best, per_row, blocks_per_row, first_blocks, diagonal_blocks, offset, leave_none;
+  const uint8_t* padding;  // rows of coarsest blocks without a real query [batch][rows]
+};
+
+struct Tally {  // per head
+  int64_t exact, forced, scored, left;
+};
+
+static inline const float* row_of(const Rows& rows, int64_t b, int64_t h, int64_t i) {
+  return rows.data + b * rows.batch + h * rows.head + i * rows.row;
+}
+
+static inline float bias_at(const Bias& bias, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return bias.data[b * bias.batch + h * bias.head + i * bias.row + j * bias.col];
+}
+
+// Real keys of [low, high) that query i of batch b may see.
+static inline int64_t visible(const Call& call, int64_t b, int64_t i, int64_t low, int64_t high) {
+  const int64_t start = call.start[b * call.interval_batch + i];
+  const int64_t stop = call.stop[b * call.interval_batch + i];
+  low = low > start ? low : start;
+  high = high < stop ? high : stop;
+  if (high <= low) return 0;
+  if (!call.real_before) return high - low;
+  const int64_t* before = call.real_before + b * call.real_batch;
+  return before[high] - before[low];
+}

@@ -1,0 +1,69 @@
+// Sixteen queries side by side: one lane each, so that softmax needs no sums across lanes.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+constexpr int LANES = 16;
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+// Keys (or value columns) whose sums are held in registers at once.
+#ifdef __AVX512F__
+constexpr int WIDE = 16;
+#else
+constexpr int WIDE = 4;
+#endif
+
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+
+static inline Lanes all(float x) { return x - Lanes{}; }
+static inline Ints all_ints(int32_t x) { return x - Ints{}; }
+static inline const Lanes& at(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+static inline Lanes& at(float* p) { return *reinterpret_cast<Lanes*>(p); }
+static inline Lanes larger(const Lanes& a, const Lanes& b) { return a > b ? a : b; }
+
+// -1 where the bit of the lane is set.
+static inline Ints lanes_of(uint32_t bits) {
+  const Ints each = {1,     2,     4,      8,      16,     32,     64,      128,
+                     1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  return (all_ints(static_cast<int32_t>(bits)) & each) != 0;
+}
+
+// e^x for x <= 0 to 2 ulp; exactly 0 below -87, -inf included.
+static inline Lanes exp_of(const Lanes& x) {
+  const Lanes scaled = (x < -87.0f ? all(-87.0f) : x) * 1.44269504f;
+  const Lanes shifted = scaled + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const Lanes whole = shifted - 12582912.0f, part = scaled - whole;
+  Lanes power = all(1.5403530e-4f);
+  power = power * part + 1.33335581e-3f;
+  power = power * part + 9.61812911e-3f;
+  power = power * part + 5.55041087e-2f;
+  power = power * part + 2.40226507e-1f;
+  power = power * part + 6.93147181e-1f;
+  power = power * part + 1.0f;
+  const Ints exponent = __builtin_convertvector(whole, Ints) << 23;
+  return x < -87.0f ? Lanes{} : (Lanes)((Ints)power + exponent);
+}
+
+// Dot products of WIDE keys with the 16 queries in `query` [width][LANES] -> dots [WIDE][LANES].
+static inline void dot_products(const float* query, const float* const* keys, int64_t width,
+                                float* dots) {
+  Lanes sums[WIDE] = {};
+  const float* key[WIDE];
+  for (int j = 0; j < WIDE; ++j) key[j] = keys[j];
+  for (int64_t d = 0; d < width; ++d) {
+    const Lanes lanes = at(query + d * LANES);
+#pragma GCC unroll 16
+    for (int j = 0; j < WIDE; ++j) sums[j] += lanes * key[j][d];
+  }
+  for (int j = 0; j < WIDE; ++j) at(dots + j * LANES) = sums[j];
+}
+
+// Rows of `n` queries turned into lanes: [width][LANES], scaled; missing queries are 0.
+static inline void load_queries(const float* rows, int64_t stride, int n, int64_t width,
+                                float scale, float* query) {
+  for (int64_t d = 0; d < width; ++d) at(query + d * LANES) = Lanes{};
+  for (int i = 0; i < n; ++i)
+    for (int64_t d = 0; d < width; ++d) query[d * LANES + i] = rows[i * stride + d] * scale;
+}
