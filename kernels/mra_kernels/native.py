@@ -18,10 +18,12 @@ from torch import Tensor
 from mra_kernels import _build
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
-from mra_kernels.pyramid import block_pyramid, pad_blocks
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import BlockPairs, Selection, pair_logits
+
+_OFFERS = 1 << 19
+"""Block pairs on offer at a time, 8 bytes each, where there are threads to spare."""
 
 _COARSE = {"none": 0, "pooled": 1, "per_query": 2}
 
@@ -86,9 +88,9 @@ def mra_native(
 
     sides = config.resolutions[:-1]
     valid_q, valid_k = mask.pooled_tokens(sides[0])
-    pooled_q, pooled_k = _pyramid(q, valid_q, sides), _pyramid(k, valid_k, sides)
-    pooled_v = pooled_k if config.coarse == "none" else _pyramid(v, valid_k, sides)
-    opened, left, levels = [], [], (_Level * len(sides))()
+    pooled_q, pooled_k = block_means(q, valid_q, sides), block_means(k, valid_k, sides)
+    pooled_v = pooled_k if config.coarse == "none" else block_means(v, valid_k, sides)
+    opened, left, largest, levels = [], [], 0, (_Level * len(sides))()
     for step, side in enumerate(sides):
         rows, cols = pooled_q[side].shape[2], pooled_k[side].shape[2]
         bits = q.new_zeros((2, batch_size * heads, rows, -(-cols // 64)), dtype=torch.int64)
@@ -97,6 +99,11 @@ def mra_native(
         tokens = pooled_q[side], pooled_k[side], pooled_v[side]
         levels[step] = _level(side, tokens, bits, mask, rule, config, batch_size, keep)
         levels[step].area = config.area(step)
+        if config.coarse == "pooled":
+            parts = q.new_empty(batch_size * heads, rows, v.shape[3] + 2)
+            levels[step].parts = parts.data_ptr()
+            keep.append(parts)
+        largest = max(largest, rows * cols)
     padding = mask.padding_rows(sides[0], batch_size).to(torch.uint8).contiguous()
     choice = _Choice(
         config.score == "row",
@@ -108,9 +115,15 @@ def mra_native(
         config.coarse == "none",
         padding.data_ptr(),
     )
+    # A head per thread at least is worked on at a time.
+    group = min(batch_size * heads, max(torch.get_num_threads(), _OFFERS // largest))
+    offers = q.new_empty(group * largest, dtype=torch.int64)
+    scratch = _Scratch(offers.data_ptr(), group)
     tally = q.new_zeros((batch_size * heads, 4), dtype=torch.int64)
     library = _library()
-    library.mra_select(byref(call), levels, len(sides), byref(choice), c_void_p(tally.data_ptr()))
+    library.mra_select(
+        byref(call), levels, len(sides), byref(choice), byref(scratch), tally.data_ptr()
+    )
     library.mra_attend(byref(call), levels, len(sides), _COARSE[config.coarse])
     output = for_blind_rows(output, v, mask, sinks)
 
@@ -147,22 +160,38 @@ def _listed(
     return BlockPairs(side, head, row, col, legal, pair_logits(pairs, queries, keys, mask, rule))
 
 
-def _pyramid(tokens: Tensor, valid: Tensor | None, sides: tuple[int, ...]) -> dict[int, Tensor]:
-    """`block_pyramid` of any length, without a padded copy of all tokens."""
-    whole = tokens.shape[2] // sides[0] * sides[0]
-    parts = []
-    if whole:
-        parts.append(
-            block_pyramid(tokens[:, :, :whole], None if valid is None else valid[:, :whole], sides)
-        )
-    if whole < tokens.shape[2]:
-        rest = tokens[:, :, whole:]
-        real = rest.new_ones(1, rest.shape[2], dtype=torch.bool)
-        real = real if valid is None else valid[:, whole:]
-        real = torch.nn.functional.pad(real, (0, sides[0] - rest.shape[2]))
-        parts.append(block_pyramid(pad_blocks(rest, sides[0]), real, sides))
-    blocks = {side: torch.cat([part[side] for part in parts], 2) for side in sides}
-    return {side: x[:, :, : -(-tokens.shape[2] // side)] for side, x in blocks.items()}
+def block_means(
+    tokens: Tensor,
+    valid: Tensor | None,
+    sides: tuple[int, ...],
+    into: dict[int, Tensor] | None = None,
+    first: int = 0,
+) -> dict[int, Tensor]:
+    """`block_pyramid` of float32 tokens of any length, in one pass.
+
+    Args:
+        tokens: ``[B, H, n, d]``, adjacent features.
+        valid: False for padding, bool ``[B or 1, n]``; None: all real.
+        sides: Block sides from coarse to fine.
+        into: Where to write, ``[B, H, n / side or more, d]`` per side; None: new tensors.
+        first: Tokens before this one, a multiple of ``sides[0]``, have their means already.
+    """
+    batch_size, heads, n, width = tokens.shape
+    if into is None:
+        into = {s: tokens.new_empty(batch_size, heads, -(-n // s), width) for s in sides}
+    if valid is not None:
+        valid = valid.contiguous()
+    _library().mra_pool(
+        byref(_rows(tokens)),
+        *(batch_size, heads, first, n, width),
+        None if valid is None else valid.data_ptr(),
+        0 if valid is None or valid.shape[0] == 1 else n,
+        len(sides),
+        (c_int64 * len(sides))(*sides),
+        (_Rows * len(sides))(*(_rows(into[side]) for side in sides)),
+        torch.get_num_threads(),
+    )
+    return into
 
 
 # --- what C++ sees; field by field as in _cpu/call.h -----------------------------------------
@@ -202,6 +231,7 @@ class _Level(Structure):
         *((name, c_void_p) for name in ("n_queries", "n_keys", "entries", "log_keys")),
         *((name, c_void_p) for name in ("first_row", "first_col", "open", "left")),
         ("area", c_double),
+        ("parts", c_void_p),
     ]
 
 
@@ -211,6 +241,10 @@ class _Choice(Structure):
         *((name, c_int64) for name in ("first_blocks", "diagonal_blocks", "offset", "leave_none")),
         ("padding", c_void_p),
     ]
+
+
+class _Scratch(Structure):
+    _fields_ = [("offers", c_void_p), ("heads", c_int64)]
 
 
 def _call(
@@ -311,14 +345,15 @@ def _bias(bias: Tensor | None) -> _Bias:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build.compiled()))
+    one, many = c_int64, c_void_p
     library.mra_select.argtypes = [
-        POINTER(_Call),
-        POINTER(_Level),
-        c_int64,
-        POINTER(_Choice),
-        c_void_p,
+        *(POINTER(_Call), POINTER(_Level), one, POINTER(_Choice), POINTER(_Scratch), many)
     ]
-    library.mra_select.restype = None
-    library.mra_attend.argtypes = [POINTER(_Call), POINTER(_Level), c_int64, c_int64]
-    library.mra_attend.restype = None
+    library.mra_attend.argtypes = [POINTER(_Call), POINTER(_Level), one, one]
+    library.mra_pool.argtypes = [
+        *(POINTER(_Rows), one, one, one, one, one, many, one, one, POINTER(one), POINTER(_Rows)),
+        one,
+    ]
+    for function in (library.mra_select, library.mra_attend, library.mra_pool):
+        function.restype = None
     return library

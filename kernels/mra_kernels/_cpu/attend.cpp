@@ -259,16 +259,13 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
   const int64_t n_heads = call.batch * call.heads;
   const float scale = static_cast<float>(call.scaling);
   const int64_t size = call.value_width + 2;
-  std::vector<std::vector<float>> pooled(coarse == 1 ? n_levels : 0);
 #pragma omp parallel num_threads(call.threads)
   {
     Tile tile(call.width, call.value_width);
     std::vector<float> sink(size, 0.0f);  // a softmax of mass 1 without a value
     sink[1] = 1;
-    for (size_t l = 0; l < pooled.size(); ++l) {
+    for (int64_t l = 0; coarse == 1 && l < n_levels; ++l) {
       const Level& level = levels[l];
-#pragma omp single
-      pooled[l].resize(n_heads * level.rows * size);
       const int64_t groups = (level.rows + LANES - 1) / LANES;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < n_heads * groups; ++t) {
@@ -280,7 +277,7 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
                      tile.query);
         add_coarse(call, level, level.pair_bias, 1, tile, b, h, first, count);
         for (int i = 0; i < count; ++i)
-          tile.part_of(i, &pooled[l][((b * call.heads + h) * level.rows + first + i) * size]);
+          tile.part_of(i, level.parts + ((b * call.heads + h) * level.rows + first + i) * size);
       }
     }
     const int64_t tiles = (call.queries + LANES - 1) / LANES;
@@ -303,7 +300,7 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
         for (int i = 0, next; i < count; i = next) {  // lanes of one row of blocks
           const int64_t row = (first + i) / level.side;
           next = static_cast<int>(std::min<int64_t>((row + 1) * level.side - first, LANES));
-          tile.merge((1u << next) - (1u << i), &pooled[l][(bh * level.rows + row) * size]);
+          tile.merge((1u << next) - (1u << i), level.parts + (bh * level.rows + row) * size);
         }
       }
       if (call.sinks) {

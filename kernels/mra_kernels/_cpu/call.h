@@ -36,11 +36,17 @@ struct Level {  // one block side; bitmaps have a bit per key block
   const int64_t *first_row, *first_col;         // first blocks with a real token [batch]
   uint64_t *open, *left;  // opened, and left at a pooled score [batch * heads][rows][words]
   double area;            // share of the legal entries that may be opened
+  float* parts;           // softmax over `left`, per row of blocks [batch * heads][rows][value_width + 2]
 };
 
 struct Choice {
   int64_t by_row_best, per_row, blocks_per_row, first_blocks, diagonal_blocks, offset, leave_none;
   const uint8_t* padding;  // rows of coarsest blocks without a real query [batch][rows]
+};
+
+struct Scratch {  // what is on offer of `heads` heads at a time
+  void* offers;
+  int64_t heads;
 };
 
 struct Tally {  // per head

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "call.h"
@@ -10,7 +9,6 @@
 
 namespace {
 
-constexpr int64_t SCRATCH = int64_t{64} << 20;  // bytes of offers in flight, a head per thread at least
 constexpr uint32_t FAVOURED = uint32_t{1} << 31;
 
 inline bool has(const uint64_t* bits, int64_t i) { return bits[i / 64] >> (i % 64) & 1; }
@@ -338,18 +336,13 @@ struct Step {
 
 // Fills the bitmaps of all levels (zeroed by the caller) and a tally for each head.
 extern "C" void mra_select(const Call* call, const Level* levels, int64_t n_levels,
-                           const Choice* choice, Tally* tallies) {
+                           const Choice* choice, const Scratch* scratch, Tally* tallies) {
   const int64_t heads = call->batch * call->heads;
   for (int64_t l = 0; l < n_levels; ++l) {
-    const Level& level = levels[l];
-    const Step step = {*call, *choice, level, l ? &levels[l - 1] : nullptr, levels[0],
+    const Step step = {*call, *choice, levels[l], l ? &levels[l - 1] : nullptr, levels[0],
                        l == n_levels - 1};
-    const int64_t per_head = level.rows * level.cols;
-    const int64_t fit = SCRATCH / (per_head * static_cast<int64_t>(sizeof(Offer)));
-    const int64_t group = std::min(heads, std::max(fit, call->threads));
-    // Rows are filled from their start: memory is touched only for what is on offer.
-    const std::unique_ptr<Offer[]> offers(new Offer[group * per_head]);
-    for (int64_t first = 0; first < heads; first += group)
-      step.run(first, std::min(group, heads - first), offers.get(), tallies);
+    for (int64_t first = 0; first < heads; first += scratch->heads)
+      step.run(first, std::min(scratch->heads, heads - first),
+               static_cast<Offer*>(scratch->offers), tallies);
   }
 }
