@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mra_kernels import (
     PRESETS,
     AttentionMask,
+    KeyPyramid,
     MraAttentionConfig,
     implementations,
     mra_attention,
@@ -212,3 +213,42 @@ def test_a_machine_that_cannot_compile_says_so_and_works(tmp_path, change, reaso
     )
     assert reason in run.stdout.splitlines()[0]
     assert run.stdout.splitlines()[1] == impl
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_kept_pyramid_changes_nothing(name):
+    """Token by token and in chunks, with left padding."""
+    _, key, value = make_qkv(3, kv_heads=2, n=1, m=300, d=16, dv=12, dtype=torch.float32)
+    queries = torch.randn(2, 4, 300, 16)
+    valid = torch.ones(2, 300, dtype=torch.bool)
+    valid[1, :50] = False
+    config = PRESETS[name]
+    pyramid, length = KeyPyramid(config.resolutions[:-1]), 0
+    for step in (130, 1, 1, 29, 3, 65, 1, 70):
+        length += step
+        mask = AttentionMask.causal(step, length).with_padding(valid[:, :length])
+        keys, values = key[:, :, :length], value[:, :, :length]
+        pyramid.extend(keys, values, valid[:, :length])
+        query = queries[:, :, length - step : length]
+        arguments = {"config": config, "mask": mask, "impl": "native"}
+        kept = mra_attention(query, keys, values, pyramid=pyramid, **arguments)
+        assert torch.equal(kept.output, mra_attention(query, keys, values, **arguments).output)
+    assert pyramid.length == 300
+
+
+def test_a_late_row_is_no_first_row():
+    """One query at the end of a cache: 'first row first' must not favour all its blocks."""
+    query, key, value = make_qkv(3, n=1, m=320, d=16, dtype=torch.float32)
+    config = MraAttentionConfig(budget=0.2, first_blocks=1, diagonal_blocks=1)
+    fine = mra_attention(query, key, value, config=config, mask=AttentionMask.causal(1, 320))
+    chosen = fine.selection.fine
+    for head in range(8):
+        cols = chosen.col[chosen.head == head].tolist()
+        assert len(cols) == 2 and 0 in cols and 9 in cols, "the first and its own"
+
+
+def test_a_pyramid_of_other_blocks_is_refused():
+    query, key, value = make_qkv(0, dtype=torch.float32)
+    pyramid = KeyPyramid((16, 4))
+    with pytest.raises(ValueError, match=r"must have blocks of \(32,\).*got \(16, 4\)"):
+        mra_attention(query, key, value, config=PRESETS["mra2"], pyramid=pyramid)

@@ -2,6 +2,7 @@
 
 from mra_kernels.api import MraResult, implementations, mra_attention
 from mra_kernels.config import PRESETS, MraAttentionConfig
+from mra_kernels.decode import KeyPyramid
 from mra_kernels.exact import exact_attention, exact_with_lse
 from mra_kernels.masks import AttentionMask
 from mra_kernels.scores import ScoreRule
@@ -9,6 +10,7 @@ from mra_kernels.scores import ScoreRule
 __all__ = [
     "PRESETS",
     "AttentionMask",
+    "KeyPyramid",
     "MraAttentionConfig",
     "MraResult",
     "ScoreRule",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mra_kernels import native
 from mra_kernels.config import MraAttentionConfig
+from mra_kernels.decode import KeyPyramid
 from mra_kernels.layout import BlockLayout
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import mra_reference
@@ -48,6 +49,7 @@ def mra_attention(
     bias: Tensor | None = None,
     impl: Impl = "auto",
     selection: Selection | None = None,
+    pyramid: KeyPyramid | None = None,
 ) -> MraResult:
     """Multi-resolution attention (arXiv 2207.10284) on any shape, mask and head grouping.
 
@@ -65,6 +67,8 @@ def mra_attention(
             CPUs), or ``auto``: the fastest that can take the call, named in the result.
         selection: The blocks to open, from another call with the same config and mask, instead of
             choosing them; ``reference`` only.
+        pyramid: Block means of these keys and values, kept from call to call (`KeyPyramid`);
+            implementations that cannot use it work them out.
 
     Raises:
         ValueError: Shapes, dtypes, mask or grid do not fit together, or ``impl`` can't take them.
@@ -74,6 +78,13 @@ def mra_attention(
     _check(query, key, value, mask, sinks, bias)
     mask = mask or AttentionMask.full(query.shape[2], key.shape[2], device=query.device)
     layout = None
+    if pyramid is not None and (
+        pyramid.sides != config.resolutions[:-1] or config.grid is not None
+    ):
+        raise ValueError(
+            f"pyramid must have blocks of {config.resolutions[:-1]} and no grid, got "
+            f"{pyramid.sides} with grid {config.grid}; make one for this config"
+        )
     if config.grid is not None:
         layout = _image_layout(query, key, mask, bias, config)
         query, key, value = (layout.blocked(x) for x in (query, key, value))
@@ -85,7 +96,9 @@ def mra_attention(
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, bias)
     impl = _resolved(impl, (query, key, value, sinks, bias), mask, selection)
     if impl == "native":
-        output, lse, selection = native.mra_native(query, key, value, mask, config, rule, sinks)
+        output, lse, selection = native.mra_native(
+            query, key, value, mask, config, rule, sinks, pyramid
+        )
     else:
         output, lse, selection = mra_reference(
             query, key, value, mask, config, rule, sinks, selection

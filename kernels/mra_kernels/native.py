@@ -10,7 +10,7 @@ import ctypes
 import functools
 import time
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import BlockPairs, Selection, pair_logits
+
+if TYPE_CHECKING:
+    from mra_kernels.decode import KeyPyramid
 
 _OFFERS = 1 << 19
 """Block pairs on offer at a time, 8 bytes each, where there are threads to spare."""
@@ -76,20 +79,28 @@ def mra_native(
     config: MraAttentionConfig,
     rule: ScoreRule,
     sinks: Tensor | None,
+    pyramid: KeyPyramid | None = None,
 ) -> tuple[Tensor, Tensor, Selection]:
-    """MRA attention; arguments and results as in `mra_reference`, lse in float32."""
-    q, k, v = (_floats(x) for x in (query, key, value))
+    """MRA attention; arguments and results as in `mra_reference`, lse in float32.
+
+    ``pyramid``: means of the blocks of these keys and values; None: work them out.
+    """
+    q, k, v = (floats(x) for x in (query, key, value))
     batch_size, heads, n_queries, _ = q.shape
     output = q.new_empty(batch_size, heads, n_queries, v.shape[3])
     lse = q.new_empty(batch_size, heads, n_queries)
-    rule = ScoreRule(rule.scaling, rule.softcap, None if rule.bias is None else _floats(rule.bias))
+    rule = ScoreRule(rule.scaling, rule.softcap, None if rule.bias is None else floats(rule.bias))
     keep: list[Any] = [q, k, v, output, lse, rule]  # what the pointers below point to
     call = _call(q, k, v, output, lse, mask, rule, sinks, keep)
 
     sides = config.resolutions[:-1]
     valid_q, valid_k = mask.pooled_tokens(sides[0])
-    pooled_q, pooled_k = block_means(q, valid_q, sides), block_means(k, valid_k, sides)
-    pooled_v = pooled_k if config.coarse == "none" else block_means(v, valid_k, sides)
+    pooled_q = block_means(q, valid_q, sides)
+    if pyramid is not None:
+        pooled_k, pooled_v = pyramid.blocks(k.shape[2])
+    else:
+        pooled_k = block_means(k, valid_k, sides)
+        pooled_v = pooled_k if config.coarse == "none" else block_means(v, valid_k, sides)
     opened, left, largest, levels = [], [], 0, (_Level * len(sides))()
     for step, side in enumerate(sides):
         rows, cols = pooled_q[side].shape[2], pooled_k[side].shape[2]
@@ -165,7 +176,6 @@ def block_means(
     valid: Tensor | None,
     sides: tuple[int, ...],
     into: dict[int, Tensor] | None = None,
-    first: int = 0,
 ) -> dict[int, Tensor]:
     """`block_pyramid` of float32 tokens of any length, in one pass.
 
@@ -174,7 +184,6 @@ def block_means(
         valid: False for padding, bool ``[B or 1, n]``; None: all real.
         sides: Block sides from coarse to fine.
         into: Where to write, ``[B, H, n / side or more, d]`` per side; None: new tensors.
-        first: Tokens before this one, a multiple of ``sides[0]``, have their means already.
     """
     batch_size, heads, n, width = tokens.shape
     if into is None:
@@ -183,7 +192,7 @@ def block_means(
         valid = valid.contiguous()
     _library().mra_pool(
         byref(_rows(tokens)),
-        *(batch_size, heads, first, n, width),
+        *(batch_size, heads, n, width),
         None if valid is None else valid.data_ptr(),
         0 if valid is None or valid.shape[0] == 1 else n,
         len(sides),
@@ -322,7 +331,7 @@ def _level(
     )
 
 
-def _floats(tensor: Tensor) -> Tensor:
+def floats(tensor: Tensor) -> Tensor:
     """In float32 with adjacent features; a view where it is so already."""
     tensor = tensor.detach().float()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -351,8 +360,7 @@ def _library() -> ctypes.CDLL:
     ]
     library.mra_attend.argtypes = [POINTER(_Call), POINTER(_Level), one, one]
     library.mra_pool.argtypes = [
-        *(POINTER(_Rows), one, one, one, one, one, many, one, one, POINTER(one), POINTER(_Rows)),
-        one,
+        *(POINTER(_Rows), one, one, one, one, many, one, one, POINTER(one), POINTER(_Rows), one),
     ]
     for function in (library.mra_select, library.mra_attend, library.mra_pool):
         function.restype = None

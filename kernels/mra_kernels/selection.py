@@ -253,7 +253,9 @@ def _favoured(
         _, real_keys = mask.block_sizes(pairs.side, batch_size)
         first_row = (~mask.padding_rows(pairs.side, batch_size)).int().argmax(1)[batch]
         first_col = (real_keys > 0).int().argmax(1)[batch]
-        favoured |= pairs.row < first_row + config.first_blocks
+        # With a cache, rows count on from where it ends.
+        earlier = mask.query_offset // pairs.side
+        favoured |= pairs.row + earlier < first_row + config.first_blocks
         favoured |= pairs.col < first_col + config.first_blocks
     if config.diagonal_blocks:
         own = (pairs.row * pairs.side + mask.query_offset) // pairs.side

@@ -6,13 +6,13 @@
 
 // Means over the real tokens of each block; 0 for blocks without one.
 //
-// sides: from coarse to fine, each dividing the one before. Blocks that begin before `first` (a
-// multiple of sides[0]) are left as they are. means: one per side; valid: null if all are real.
-extern "C" void mra_pool(const Rows* tokens, int64_t batch, int64_t heads, int64_t first,
-                         int64_t stop, int64_t width, const uint8_t* valid, int64_t valid_batch,
+// sides: from coarse to fine, each dividing the one before; means: one per side; valid: null if all
+// are real.
+extern "C" void mra_pool(const Rows* tokens, int64_t batch, int64_t heads, int64_t n,
+                         int64_t width, const uint8_t* valid, int64_t valid_batch,
                          int64_t n_sides, const int64_t* sides, const Rows* means,
                          int64_t threads) {
-  const int64_t blocks = (stop - first + sides[0] - 1) / sides[0];
+  const int64_t blocks = (n + sides[0] - 1) / sides[0];
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> sums(n_sides * width, 0.0f);
@@ -20,7 +20,7 @@ extern "C" void mra_pool(const Rows* tokens, int64_t batch, int64_t heads, int64
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < batch * heads * blocks; ++t) {
       const int64_t b = t / blocks / heads, h = t / blocks % heads;
-      const int64_t low = first + t % blocks * sides[0], high = std::min(low + sides[0], stop);
+      const int64_t low = t % blocks * sides[0], high = std::min(low + sides[0], n);
       for (int64_t i = low; i < high; ++i) {
         float* finest = &sums[(n_sides - 1) * width];
         if (!valid || valid[b * valid_batch + i]) {

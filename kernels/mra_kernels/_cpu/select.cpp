@@ -11,7 +11,7 @@ namespace {
 
 constexpr uint32_t FAVOURED = uint32_t{1} << 31;
 
-inline bool has(const uint64_t* bits, int64_t i) { return bits[i / 64] >> (i % 64) & 1; }
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 inline void put(uint64_t* bits, int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
 
 // A block pair that may be opened; its rank orders like its score, favoured ones first.
@@ -88,10 +88,13 @@ struct Step {
   }
 
   bool favours(int64_t b, int64_t row, int64_t col) const {
-    if (row < level.first_row[b] + choice.first_blocks && choice.first_blocks) return true;
-    if (col < level.first_col[b] + choice.first_blocks && choice.first_blocks) return true;
+    if (choice.first_blocks) {
+      const int64_t earlier = floor_div(choice.offset, level.side);
+      if (row + earlier < level.first_row[b] + choice.first_blocks) return true;
+      if (col < level.first_col[b] + choice.first_blocks) return true;
+    }
     if (!choice.diagonal_blocks) return false;
-    const int64_t own = (row * level.side + choice.offset) / level.side;
+    const int64_t own = floor_div(row * level.side + choice.offset, level.side);
     return std::abs(col - own) <= choice.diagonal_blocks / 2;
   }
 
