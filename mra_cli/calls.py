@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mra_cli.caches import CachedBlocks
 from mra_cli.errors import UnsupportedModelError
 from mra_cli.host import LazyMask, read_mask
 from mra_kernels import AttentionMask, ScoreRule, exact_attention, exact_with_lse
@@ -31,6 +32,7 @@ class AttentionCall:
         bias: Added to the logits, ``[B or 1, H or 1, N, M]``, or None.
         grid: Rows and columns of the image whose tokens these are, or None.
         window: Keys a row can see at most, by the mask's window or chunk; None: no such.
+        blocks: Block means kept beside the KV cache; None: no cache, or one that can't have them.
     """
 
     query: Tensor
@@ -43,6 +45,7 @@ class AttentionCall:
     bias: Tensor | None = None
     grid: tuple[int, int] | None = None
     window: int | None = None
+    blocks: CachedBlocks | None = None
 
     @classmethod
     def from_host(
@@ -55,6 +58,7 @@ class AttentionCall:
         *,
         cross: bool,
         grid: tuple[int, int] | None,
+        blocks: CachedBlocks | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         is_causal: bool | None = None,
@@ -67,6 +71,7 @@ class AttentionCall:
 
         Args:
             cross: Keys come from another sequence, so their padding says nothing of the queries.
+            blocks: Block means beside the cache that ``key`` and ``value`` come from.
 
         Raises:
             UnsupportedModelError: Dropout on the attention weights is asked for.
@@ -79,13 +84,16 @@ class AttentionCall:
         n_keys = key.shape[2]
         mask, bias = read_mask(attention_mask, module, query, n_keys, is_causal, cross=cross)
         window = attention_mask.window if isinstance(attention_mask, LazyMask) else None
+        if mask is not None and mask.n_keys < n_keys:
+            n_keys = mask.n_keys
+            key, value = key[:, :, :n_keys], value[:, :, :n_keys]
         if position_bias is not None:
             position_bias = position_bias[..., :n_keys]
             bias = position_bias if bias is None else position_bias + bias
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         if grid is not None and not 0 <= n_keys - grid[0] * grid[1] <= MOST_SPECIAL_TOKENS:
             grid = None  # a picture of another size than the site was found with
-        return cls(query, key, value, mask, scaling, softcap, s_aux, bias, grid, window)
+        return cls(query, key, value, mask, scaling, softcap, s_aux, bias, grid, window, blocks)
 
     @property
     def n_queries(self) -> int:

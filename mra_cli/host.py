@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from mra_kernels import AttentionMask
@@ -60,6 +61,23 @@ def _configs(config: Any) -> Iterator[Any]:
     for name in getattr(config, "sub_configs", None) or ():
         if getattr(config, name, None) is not None:
             yield from _configs(getattr(config, name))
+
+
+def cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The layer of the KV cache that an attention module is called with and will extend.
+
+    None if there is no cache, if it is still empty, or if the module's place in it is not known.
+    """
+    given = [x for x in (*kwargs.values(), *args) if isinstance(x, Cache | EncoderDecoderCache)]
+    index = getattr(module, "layer_idx", None)
+    if not given or not isinstance(index, int):
+        return None
+    cache = given[0]
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = cache.layers
+    layer = layers[index] if 0 <= index < len(layers) else None
+    return layer if isinstance(getattr(layer, "keys", None), Tensor) else None
 
 
 class LazyMask(torch.Tensor):
@@ -168,7 +186,8 @@ def read_mask(
 
     Returns:
         The mask, and the additive bias ``[B or 1, H or 1, N, M]`` if the tensor held one. The mask
-        is None if heads differ in what they may see; everything is then in the bias.
+        is None if heads differ in what they may see; everything is then in the bias. It may cover
+        fewer keys than there are: none is visible beyond.
     """
     if isinstance(mask, LazyMask):
         return mask.resolved(cross=cross), None
@@ -208,8 +227,13 @@ def _resolve(mask: LazyMask) -> AttentionMask:
         valid = valid[:, kv_offset : kv_offset + n_keys].bool()
         valid = torch.nn.functional.pad(valid, (0, n_keys - valid.shape[1]))
         valid = None if bool(valid.all()) else valid
+    # A static cache hands out keys that are not written yet: none beyond the last one seen.
+    filled = max(1, int(stop.max()))
+    if valid is not None and filled < n_keys:
+        valid = valid[:, :filled]
+        valid = None if bool(valid.all()) else valid
     start = torch.minimum(start, stop)
-    return AttentionMask(start, stop, n_keys, key_valid=valid, query_offset=offset)
+    return AttentionMask(start, stop, filled, key_valid=valid, query_offset=offset)
 
 
 def _interval(function: Any, position: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mra_cli.caches import note_cache, noted_blocks
 from mra_cli.calls import AttentionCall
 from mra_cli.errors import InputError
 from mra_cli.host import attention_function
@@ -73,19 +74,29 @@ def intercepted(
     ) -> tuple[Tensor, None]:
         site: S | None = getattr(module, _SETTING, None)
         cross, grid = (site.is_cross, site.grid) if site is not None else (True, None)
+        blocks = noted_blocks(module, key, value)
         call = AttentionCall.from_host(
-            module, query, key, value, attention_mask, cross=cross, grid=grid, **kw
+            module, query, key, value, attention_mask, cross=cross, grid=grid, blocks=blocks, **kw
         )
+        if blocks is not None:
+            blocks.grow((key, value), call.n_keys, call.n_queries)
         output = call.exact() if site is None else handler(site, call)
         return output.transpose(1, 2).contiguous(), None
 
     before = {name: getattr(modules[name], _SETTING, None) for name in sites}
+    hooks = [
+        modules[name].register_forward_pre_hook(note_cache, with_kwargs=True)
+        for name, site in sites.items()
+        if not site.is_cross
+    ]
     try:
         for name, site in sites.items():
             setattr(modules[name], _SETTING, site)
         with attention_function(model, attention):
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, setting in before.items():
             if setting is not None:
                 setattr(modules[name], _SETTING, setting)

@@ -8,7 +8,10 @@ from typing import Any
 
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
-from mra_kernels import MraAttentionConfig, mra_attention
+from mra_kernels import MraAttentionConfig, mra_attention, native
+
+_LONG_CACHE = 2048
+"""Keys from which on choosing blocks pays for a single query (README, 'Decoding')."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,17 @@ class Mra:
             return "its heads have different masks"
         least = 2 * self.config.resolutions[0]
         if call.n_queries < least:
-            return f"{call.n_queries} queries are less than two blocks ({least})"
+            return self._reason_against_decoding(call, least)
         if call.n_keys < least:
             return f"{call.n_keys} keys are less than two blocks ({least})"
         return None
+
+    def _reason_against_decoding(self, call: AttentionCall, least: int) -> str | None:
+        if call.blocks is None:
+            return f"{call.n_queries} queries are less than two blocks ({least})"
+        if call.n_keys < _LONG_CACHE:
+            return f"{call.n_keys} cached keys are read faster than chosen from ({_LONG_CACHE})"
+        return native.reason_against(call.query, call.key, call.sinks, call.bias, mask=call.mask)
 
     def settings(self) -> dict[str, Any]:
         """Name, budget and changed settings, JSON types only."""
@@ -59,6 +69,12 @@ class Mra:
         config = self.config
         if call.grid is not None and _is_plain_image(call):
             config = dataclasses.replace(config, grid=call.grid)
+        pyramid = None
+        if call.blocks is not None and call.n_queries < 2 * config.resolutions[0]:
+            # In a prompt the mask cuts through each row's own block, which is exact for that.
+            config = dataclasses.replace(config, diagonal_blocks=max(1, config.diagonal_blocks))
+            valid = None if call.mask is None else call.mask.key_valid
+            pyramid = call.blocks.pyramid(config.resolutions[:-1], call.key, call.value, valid)
         result = mra_attention(
             call.query,
             call.key,
@@ -69,6 +85,7 @@ class Mra:
             softcap=call.softcap,
             sinks=call.sinks,
             bias=call.bias,
+            pyramid=pyramid,
         )
         selection = result.selection
         return AttentionResult(result.output, selection.density, selection.forced, result.lse)
