@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -42,17 +44,15 @@ def exact_attention(
         rule = ScoreRule(_scaling(query, scaling), softcap, bias)
         return exact_with_lse(query, key, value, mask=mask, rule=rule, sinks=sinks)[0]
     scaling, width = _scaling(query, scaling), value.shape[-1]
-    heads = query.shape[1] // key.shape[1]
-    if heads > 1:
-        key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+    extras: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] > key.shape[1]}
     query, key, value = _same_width(query, key, value)
     if mask is None or mask.is_full:
-        extra = None if bias is None else bias.to(query.dtype)
-        return scaled_dot_product_attention(query, key, value, attn_mask=extra, scale=scaling)[
+        added = None if bias is None else bias.to(query.dtype)
+        return scaled_dot_product_attention(query, key, value, attn_mask=added, **extras)[
             ..., :width
         ]
     if mask.is_plain_causal and bias is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)[
+        return scaled_dot_product_attention(query, key, value, is_causal=True, **extras)[
             ..., :width
         ]
     parts = []
@@ -61,15 +61,15 @@ def exact_attention(
         lo, hi = _reach(mask, first, last)
         allowed = mask.rows(first, last)[:, None, :, lo:hi]
         if bias is not None:
-            added = bias[:, :, first:last, lo:hi].to(query.dtype)
-            allowed = added.masked_fill(~allowed, -torch.inf)
+            part = bias[:, :, first:last, lo:hi].to(query.dtype)
+            allowed = part.masked_fill(~allowed, -torch.inf)
         parts.append(
             scaled_dot_product_attention(
                 query[:, :, first:last],
                 key[:, :, lo:hi],
                 value[:, :, lo:hi],
                 attn_mask=allowed,
-                scale=scaling,
+                **extras,
             )
         )
     return torch.cat(parts, dim=2)[..., :width]

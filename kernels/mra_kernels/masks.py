@@ -9,9 +9,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class BlockFacts(NamedTuple):
+    """What a mask says of blocks of one side.
+
+    Attributes:
+        n_queries, n_keys: Queries and real keys per block, int64 ``[B, blocks]``, see
+            `AttentionMask.block_sizes`.
+        log_keys: Logarithm of ``n_keys``, float32.
+        entries: Legal entries of each row of blocks, int64 ``[B, rows]``.
+        padding: Rows of blocks without a real query, bool ``[B, rows]``.
+        first_row, first_col: First blocks with a real token, int64 ``[B]``.
+    """
+
+    n_queries: Tensor
+    n_keys: Tensor
+    log_keys: Tensor
+    entries: Tensor
+    padding: Tensor
+    first_row: Tensor
+    first_col: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +168,12 @@ class AttentionMask:
             return None
         return int(self.legal_per_row().max())
 
+    @cached_property
+    def blind_rows(self) -> Tensor | None:
+        """Rows that may see no key at all, bool ``[B or 1, N]``; None: there are none."""
+        blind = self.legal_per_row() == 0
+        return blind if bool(blind.any()) else None
+
     def legal_per_row(self) -> Tensor:
         """Visible keys of each row, int64 ``[B or 1, N]``."""
         if self.dense is not None:
@@ -249,6 +277,23 @@ class AttentionMask:
         if self.key_valid is None:
             return None
         return torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
+
+    def blocks(self, side: int, batch_size: int) -> BlockFacts:
+        """All that a block side and the mask say of each other; kept for the next call."""
+        kept: dict[tuple[int, int], BlockFacts] = self.__dict__.setdefault("_blocks", {})
+        if (side, batch_size) not in kept:
+            n_queries, n_keys = self.block_sizes(side, batch_size)
+            padding = self.padding_rows(side, batch_size)
+            kept[side, batch_size] = BlockFacts(
+                n_queries.contiguous(),
+                n_keys.contiguous(),
+                n_keys.float().log(),
+                self.block_row_entries(side, batch_size).contiguous(),
+                padding.contiguous(),
+                (~padding).int().argmax(1),
+                (n_keys > 0).int().argmax(1),
+            )
+        return kept[side, batch_size]
 
     # --- helpers ------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ def mra_native(
             levels[step].parts = parts.data_ptr()
             keep.append(parts)
         largest = max(largest, rows * cols)
-    padding = mask.padding_rows(sides[0], batch_size).to(torch.uint8).contiguous()
+    padding = mask.blocks(sides[0], batch_size).padding
     choice = _Choice(
         config.score == "row",
         config.scope == "row",
@@ -138,12 +138,14 @@ def mra_native(
     library.mra_attend(byref(call), levels, len(sides), _COARSE[config.coarse])
     output = for_blind_rows(output, v, mask, sinks)
 
-    exact, forced, scored, kept = tally.unbind(1)
-    real = ~padding.bool().repeat_interleave(sides[0], dim=1)[:, :n_queries]
-    total = (mask.legal_per_row() * real).sum(1).clamp(min=1)[:, None]
-    dots = int(scored.sum()) + int(exact.sum())
-    if config.coarse == "per_query":
-        dots += int(kept.sum())
+    def figures() -> tuple[Tensor, Tensor, int]:
+        exact, forced, scored, kept = tally.unbind(1)
+        real = ~padding.repeat_interleave(sides[0], dim=1)[:, :n_queries]
+        total = (mask.legal_per_row() * real).sum(1).clamp(min=1)[:, None]
+        dots = int(scored.sum()) + int(exact.sum())
+        if config.coarse == "per_query":
+            dots += int(kept.sum())
+        return exact.view(batch_size, heads) / total, forced.view(batch_size, heads) / total, dots
 
     def pairs() -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
         def listed(step: int, bits: Tensor) -> BlockPairs:
@@ -153,10 +155,7 @@ def mra_native(
         coarse = () if config.coarse == "none" else map(listed, range(len(sides)), left)
         return listed(len(sides) - 1, opened[-1]), tuple(coarse)
 
-    selection = Selection(
-        exact.view(batch_size, heads) / total, forced.view(batch_size, heads) / total, dots, pairs
-    )
-    return output.to(value.dtype), lse, selection
+    return output.to(value.dtype), lse, Selection(figures, pairs)
 
 
 def _listed(
@@ -306,17 +305,12 @@ def _level(
     batch_size: int,
     keep: list[Any],
 ) -> _Level:
-    n_queries, n_keys = mask.block_sizes(side, batch_size)
-    first_row = (~mask.padding_rows(side, batch_size)).int().argmax(1)
-    first_col = (n_keys > 0).int().argmax(1)
-    entries = mask.block_row_entries(side, batch_size)
-    described = (n_queries, n_keys, entries, n_keys.float().log(), first_row, first_col)
-    numbers = [x.contiguous() for x in described]
+    facts = mask.blocks(side, batch_size)
     pair_bias = rule.block_bias(mask, side, per_query=False)
-    query_bias = (
-        rule.block_bias(mask, side, per_query=True) if config.coarse == "per_query" else None
-    )
-    keep += [tokens, bits, numbers, pair_bias, query_bias]
+    per_query = config.coarse == "per_query"
+    query_bias = rule.block_bias(mask, side, per_query=True) if per_query else None
+    keep += [tokens, bits, pair_bias, query_bias]
+    described = (facts.n_queries, facts.n_keys, facts.entries, facts.log_keys)
     return _Level(
         side,
         tokens[0].shape[2],
@@ -325,7 +319,7 @@ def _level(
         *map(_rows, tokens),
         _bias(pair_bias),
         _bias(query_bias),
-        *(x.data_ptr() for x in numbers),
+        *(x.data_ptr() for x in (*described, facts.first_row, facts.first_col)),
         bits[0].data_ptr(),
         bits[1].data_ptr(),
     )

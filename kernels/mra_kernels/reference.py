@@ -322,8 +322,8 @@ def for_blind_rows(
         output: ``[B, H, N, Dv]``.
         value: ``[B, Hkv, M or more, Dv]``.
     """
-    blind = mask.legal_per_row() == 0
-    if not bool(blind.any()):
+    blind = mask.blind_rows
+    if blind is None:
         return output
     if sinks is not None:
         return output.masked_fill(blind[:, None, :, None], 0.0)

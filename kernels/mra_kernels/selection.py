@@ -54,22 +54,39 @@ class BlockPairs:
 class Selection:
     """The plan of one call. ``fine`` and ``coarse`` together tile the legal entries exactly once.
 
+    What is costly to list is worked out when asked for.
+
     Attributes:
-        density: Exact entries / legal entries, padding rows left out, ``[B, H]``.
-        forced: The part of the density that the mask (and, without a coarse term, rows that would
-            see nothing) demands whatever the budget, ``[B, H]``.
-        dot_products: Pooled and exact scores evaluated, over all heads.
-        pairs: Makes ``fine`` and ``coarse``: fast implementations list them only when asked.
+        figures: Makes `density`, `forced` and `dot_products`.
+        pairs: Makes `fine` and `coarse`.
     """
 
-    density: Tensor
-    forced: Tensor
-    dot_products: int
+    figures: Callable[[], tuple[Tensor, Tensor, int]]
     pairs: Callable[[], tuple[BlockPairs, tuple[BlockPairs, ...]]]
+
+    @cached_property
+    def _figures(self) -> tuple[Tensor, Tensor, int]:
+        return self.figures()
 
     @cached_property
     def _pairs(self) -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
         return self.pairs()
+
+    @property
+    def density(self) -> Tensor:
+        """Exact entries / legal entries, padding rows left out, ``[B, H]``."""
+        return self._figures[0]
+
+    @property
+    def forced(self) -> Tensor:
+        """The part of the density that the mask (and, without a coarse term, rows that would see
+        nothing) demands whatever the budget, ``[B, H]``."""
+        return self._figures[1]
+
+    @property
+    def dot_products(self) -> int:
+        """Pooled and exact scores evaluated, over all heads."""
+        return self._figures[2]
 
     @property
     def fine(self) -> BlockPairs:
@@ -151,7 +168,7 @@ def select_blocks(
         dots += sum(len(level) * level.side for level in coarse)
     density = (exact / total.clamp(min=1)).view(batch_size, heads)
     forced_density = (forced_entries / total.clamp(min=1)).view(batch_size, heads)
-    return Selection(density, forced_density, dots, lambda: (pairs, tuple(coarse)))
+    return Selection(lambda: (density, forced_density, dots), lambda: (pairs, tuple(coarse)))
 
 
 def pair_logits(

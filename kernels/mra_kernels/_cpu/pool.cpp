@@ -4,6 +4,8 @@
 
 #include "call.h"
 
+constexpr int64_t SMALL = 1 << 16;  // numbers that are not worth waking threads for
+
 // Means over the real tokens of each block; 0 for blocks without one.
 //
 // sides: from coarse to fine, each dividing the one before; means: one per side; valid: null if all
@@ -13,7 +15,7 @@ extern "C" void mra_pool(const Rows* tokens, int64_t batch, int64_t heads, int64
                          int64_t n_sides, const int64_t* sides, const Rows* means,
                          int64_t threads) {
   const int64_t blocks = (n + sides[0] - 1) / sides[0];
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (batch * heads * n * width > SMALL)
   {
     std::vector<float> sums(n_sides * width, 0.0f);
     std::vector<int64_t> counts(n_sides, 0);
