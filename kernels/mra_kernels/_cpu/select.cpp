@@ -49,6 +49,30 @@ struct Reach {
   }
 };
 
+// Key blocks that the configured priors put first in one row of blocks.
+struct Favoured {
+  int64_t columns, band_low, band_high;  // the first ones, and a band
+
+  Favoured(const Level& level, const Choice& choice, int64_t b, int64_t row)
+      : columns(0), band_low(0), band_high(-1) {
+    const int64_t first_position = row * level.side + choice.offset;
+    const int64_t place = floor_div(first_position, level.side);
+    if (choice.first_blocks) {
+      const int64_t earlier = floor_div(choice.offset, level.side);
+      const bool whole_row = row + earlier < level.first_row[b] + choice.first_blocks;
+      columns = whole_row ? level.cols : level.first_col[b] + choice.first_blocks;
+    }
+    if (choice.diagonal_blocks) {
+      band_low = place - choice.diagonal_blocks / 2;
+      band_high = place + choice.diagonal_blocks / 2;
+    }
+  }
+
+  bool operator()(int64_t col) const {
+    return col < columns || (col >= band_low && col <= band_high);
+  }
+};
+
 // Everything about one step of the refinement.
 struct Step {
   const Call& call;
@@ -58,6 +82,8 @@ struct Step {
   const Level& top;
   bool last;
 
+  // Floats from one row of scores to the next: no power of two, so that all rows fit a cache.
+  int64_t stride() const { return level.cols + LANES; }
   int64_t batch_of(int64_t head) const { return head / call.heads; }
   uint64_t* open(int64_t head, int64_t row) const {
     return level.open + (head * level.rows + row) * level.words;
@@ -87,62 +113,64 @@ struct Step {
     return count;
   }
 
-  bool favours(int64_t b, int64_t row, int64_t col) const {
-    if (choice.first_blocks) {
-      const int64_t earlier = floor_div(choice.offset, level.side);
-      if (row + earlier < level.first_row[b] + choice.first_blocks) return true;
-      if (col < level.first_col[b] + choice.first_blocks) return true;
-    }
-    if (!choice.diagonal_blocks) return false;
-    const int64_t own = floor_div(row * level.side + choice.offset, level.side);
-    return std::abs(col - own) <= choice.diagonal_blocks / 2;
+  const uint64_t* parents(int64_t head, int64_t row) const {
+    const int64_t ratio = above->side / level.side;
+    return above->open + (head * above->rows + row / ratio) * above->words;
   }
 
-  // Calls visit(col) for the candidates of a row, from left to right.
+  // Calls visit(first, end) for runs of candidates [first, end) of some rows, from left to right.
   template <typename Visit>
-  void candidates(int64_t head, int64_t row, const Reach& reach, Visit visit) const {
+  void candidates(int64_t head, int64_t row, int64_t end_row, int64_t low, int64_t high,
+                  Visit visit) const {
     if (!above) {
-      for (int64_t col = reach.any_low; col < reach.any_high; ++col) visit(col);
+      if (low < high) visit(low, high);
       return;
     }
     const int64_t ratio = above->side / level.side;
-    const uint64_t* parents =
-        above->open + (head * above->rows + row / ratio) * above->words;
-    for (int64_t w = 0; w < above->words; ++w)
-      for (uint64_t bits = parents[w]; bits; bits &= bits - 1) {
+    for (int64_t w = 0; w < above->words; ++w) {
+      uint64_t bits = 0;
+      for (int64_t r = row; r < end_row; r = (r / ratio + 1) * ratio) bits |= parents(head, r)[w];
+      for (; bits; bits &= bits - 1) {
         const int64_t col = (w * 64 + __builtin_ctzll(bits)) * ratio;
-        const int64_t end = std::min(std::min(col + ratio, level.cols), reach.any_high);
-        for (int64_t c = std::max(col, reach.any_low); c < end; ++c) visit(c);
+        const int64_t first = std::max(col, low), end = std::min(col + ratio, high);
+        if (first < end) visit(first, end);
       }
+    }
   }
 
-  // Pooled logits of up to 16 rows and all their candidates -> scores [LANES][cols].
+  // Pooled logits of up to 16 rows and all their candidates -> scores [LANES][stride()].
   void score(int64_t head, int64_t first, int count, const std::vector<Reach>& reach,
-             std::vector<float>& query, std::vector<uint8_t>& wanted, float* scores) const {
+             std::vector<float>& query, float* scores) const {
     const int64_t b = batch_of(head), h = head % call.heads;
     const int64_t kv = h / (call.heads / call.kv_heads);
     load_queries(row_of(level.query, b, h, first), level.query.row, count, call.width,
                  static_cast<float>(call.scaling), query.data());
-    std::fill(wanted.begin(), wanted.end(), 0);
-    for (int i = 0; i < count; ++i)
-      candidates(head, first + i, reach[i], [&](int64_t col) { wanted[col] = 1; });
     const float* keys[WIDE];
     int64_t cols[WIDE];
+    int n = 0;
     alignas(64) float dots[WIDE * LANES];
-    for (int64_t col = 0, n = 0; col <= level.cols; ++col) {
-      if (col < level.cols && wanted[col]) {
-        keys[n] = row_of(level.key, b, kv, col);
-        cols[n++] = col;
-      }
-      if (n < WIDE && (col < level.cols || n == 0)) continue;
-      for (int64_t j = n; j < WIDE; ++j) keys[j] = keys[0];
+    const auto finish = [&] {
+      for (int j = n; j < WIDE; ++j) keys[j] = keys[0];
       dot_products(query.data(), keys, call.width, dots);
-      for (int64_t j = 0; j < n; ++j)
+      for (int j = 0; j < n; ++j)
         for (int i = 0; i < count; ++i)
-          scores[i * level.cols + cols[j]] =
+          scores[i * stride() + cols[j]] =
               logit(dots[j * LANES + i], b, h, first + i, cols[j]);
       n = 0;
+    };
+    int64_t low = level.cols, high = 0;
+    for (const Reach& each : reach) {
+      low = std::min(low, each.any_low);
+      high = std::max(high, each.any_high);
     }
+    candidates(head, first, first + count, low, high, [&](int64_t begin, int64_t end) {
+      for (int64_t col = begin; col < end; ++col) {
+        keys[n] = row_of(level.key, b, kv, col);
+        cols[n++] = col;
+        if (n == WIDE) finish();
+      }
+    });
+    if (n) finish();
   }
 
   // Opens what the mask cuts through; the rest of the row is left, and on offer in that order.
@@ -153,29 +181,33 @@ struct Step {
     const bool padded = padding(b, row);
     uint64_t *opened = open(head, row), *rest = left(head, row);
     float best = NONE;
-    candidates(head, row, reach, [&](int64_t col) {
-      bool cut;
-      const int64_t seen = legal(b, row, col, reach, &cut);
-      if (!seen) return;
-      ++tally.scored;
-      best = std::max(best, scores[col]);
-      if (!cut) {
-        put(rest, col);
-        return;
+    const auto take = [&](int64_t begin, int64_t end) {
+      for (int64_t col = begin; col < end; ++col) {
+        bool cut;
+        const int64_t seen = legal(b, row, col, reach, &cut);
+        if (!seen) continue;
+        ++tally.scored;
+        best = std::max(best, scores[col]);
+        if (!cut) {
+          put(rest, col);
+          continue;
+        }
+        put(opened, col);
+        spent += choice.blocks_per_row ? 1 : seen;
+        if (padded || !last) continue;
+        tally.exact += seen;
+        tally.forced += seen;
       }
-      put(opened, col);
-      spent += choice.blocks_per_row ? 1 : seen;
-      if (padded || !last) return;
-      tally.exact += seen;
-      tally.forced += seen;
-    });
+    };
+    candidates(head, row, row + 1, reach.any_low, reach.any_high, take);
     const float base = choice.by_row_best ? best : 0;
+    const Favoured favoured(level, choice, b, row);
     const Offer* begin = offers;
     for (int64_t w = 0; w < level.words; ++w)
       for (uint64_t bits = rest[w]; bits; bits &= bits - 1) {
         const int64_t col = w * 64 + __builtin_ctzll(bits);
         const int64_t price = choice.blocks_per_row ? 1 : entries(b, row, col);
-        *offers++ = Offer(scores[col] - base, favours(b, row, col), price);
+        *offers++ = Offer(scores[col] - base, favoured(col), price);
       }
     return offers - begin;
   }
@@ -284,8 +316,7 @@ struct Step {
     std::vector<int64_t> spent(n_heads * level.rows, 0), counts(n_heads * level.rows, 0);
 #pragma omp parallel num_threads(call.threads)
     {
-      std::vector<float> query(call.width * LANES), scores(LANES * level.cols);
-      std::vector<uint8_t> wanted(level.cols);
+      std::vector<float> query(call.width * LANES), scores(LANES * stride());
 #pragma omp for schedule(dynamic, 1)
       for (int64_t t = 0; t < n_heads * groups; ++t) {
         const int64_t head = first_head + t / groups, first = t % groups * LANES;
@@ -293,11 +324,11 @@ struct Step {
         std::vector<Reach> reach;
         for (int i = 0; i < count; ++i)
           reach.emplace_back(call, level.side, batch_of(head), first + i);
-        score(head, first, count, reach, query, wanted, scores.data());
+        score(head, first, count, reach, query, scores.data());
         Tally tally = {0, 0, 0, 0};
         for (int i = 0; i < count; ++i) {
           const int64_t place = t / groups * level.rows + first + i;
-          counts[place] = offer(head, first + i, reach[i], scores.data() + i * level.cols,
+          counts[place] = offer(head, first + i, reach[i], scores.data() + i * stride(),
                                 offers + place * level.cols, tally, spent[place]);
         }
 #pragma omp critical
