@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 
@@ -252,3 +253,33 @@ def test_a_pyramid_of_other_blocks_is_refused():
     pyramid = KeyPyramid((16, 4))
     with pytest.raises(ValueError, match=r"must have blocks of \(32,\).*got \(16, 4\)"):
         mra_attention(query, key, value, config=PRESETS["mra2"], pyramid=pyramid)
+
+
+def _library(name):
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+@pytest.mark.parametrize(
+    "flags",
+    ["-march=x86-64-v2", "-march=x86-64-v3", "-fsanitize=address,undefined -g -O1"],
+    ids=["sse", "avx2", "sanitizers"],
+)
+def test_other_processors_and_every_access(flags, tmp_path):
+    """The tests above, with narrower vectors, and with every memory access checked."""
+    change = {"CXX": "g++", "CXXFLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)}
+    if "sanitize" in flags:
+        change["LD_PRELOAD"] = f"{_library('libasan.so')} {_library('libubsan.so')}"
+        change["ASAN_OPTIONS"] = "detect_leaks=0"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        + ["-k", "not machine", __file__],
+        env={**os.environ, **change},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert list((tmp_path / "mra-cli").glob("*.so")), "compiled with these flags"

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,8 +71,7 @@ def compiled() -> Path:
         library = Path(folder) / library.name
     made = Path(folder) / "new.so"
     sources = map(str, sorted(_SOURCES.glob("*.cpp")))
-    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [cxx, *_FLAGS, tune, *sources, "-o", str(made)]
+    command = [cxx, *_flags(), *sources, "-o", str(made)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,6 +86,12 @@ def compiled() -> Path:
     return library
 
 
+def _flags() -> list[str]:
+    """For this very processor, unless ``$CXXFLAGS`` says otherwise."""
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return [*_FLAGS, tune, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+
 def is_cached() -> bool:
     """Whether the library need not be compiled any more."""
     cxx = compiler()
@@ -95,7 +101,7 @@ def is_cached() -> bool:
 def _place(cxx: str) -> Path:
     """Differs with the sources, the flags, the compiler and the processor."""
     parts = [path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.is_file()]
-    text = b"\0".join([*parts, _machine(cxx).encode()])
+    text = b"\0".join([*parts, _machine(cxx).encode(), *map(str.encode, _flags())])
     return cache_directory() / f"cpu-{hashlib.sha256(text).hexdigest()[:16]}.so"
 
 
@@ -107,4 +113,4 @@ def _machine(cxx: str) -> str:
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         flags = platform.processor()
-    return "\n".join([version, platform.machine(), flags, *_FLAGS])
+    return "\n".join([version, platform.machine(), flags])

@@ -1,4 +1,4 @@
-// Exact attention over opened blocks merged with the coarse term, 16 query rows at a time.
+// Exact attention over opened blocks merged with the coarse term, LANES query rows at a time.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,12 +21,12 @@ struct Batch {
   int64_t position[BATCH];
 };
 
-// Running softmax of 16 queries (online softmax: Milakov & Gimelshein, arXiv 1805.02867).
+// Running softmax of LANES queries (online softmax: Milakov & Gimelshein, arXiv 1805.02867).
 class Tile {
  public:
   Tile(int64_t width, int64_t value_width)
       : width_(width), value_width_(value_width),
-        memory_((width + value_width + BATCH) * LANES + LANES) {
+        memory_((width + value_width + BATCH) * LANES + 64 / sizeof(float)) {
     auto base = reinterpret_cast<uintptr_t>(memory_.data());
     query = memory_.data() + ((64 - base % 64) % 64) / sizeof(float);
     weighted_ = query + width * LANES;
@@ -163,7 +163,7 @@ struct RowsOfBlocks {
         const int bit = __builtin_ctzll(any);
         uint32_t chosen = 0;
         if (every >> bit & 1)
-          chosen = 0xFFFF;
+          chosen = EVERY_LANE;
         else
           for (int r = 0; r < n; ++r)
             if (bits[r][w] >> bit & 1) chosen |= lanes[r];
@@ -217,7 +217,7 @@ void add_exact(const Call& call, const Level& level, Tile& tile, int64_t b, int6
   Batch& batch = tile.batch;
   rows.each(level.words, [&](int64_t col, uint32_t lanes) {
     const int64_t low = col * level.side, high = std::min(low + level.side, call.keys);
-    const bool whole = lanes == 0xFFFF && low >= latest_start && high <= earliest_stop;
+    const bool whole = lanes == EVERY_LANE && low >= latest_start && high <= earliest_stop;
     for (int64_t j = low; j < high; ++j) {
       if (real && real[j + 1] == real[j]) continue;
       batch.key[batch.n] = row_of(call.key, b, kv, j);
@@ -244,7 +244,7 @@ void add_coarse(const Call& call, const Level& level, const Bias& bias, int64_t 
     batch.added[batch.n] = level.log_keys[b * level.cols + col];
     batch.lanes[batch.n] = lanes;
     batch.position[batch.n] = col;
-    batch.whole &= lanes == 0xFFFF;
+    batch.whole &= lanes == EVERY_LANE;
     if (++batch.n == BATCH) take(call, tile, bias, b, h, first, count, false);
   });
   take(call, tile, bias, b, h, first, count, false);
@@ -305,7 +305,7 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
       }
       if (call.sinks) {
         sink[0] = call.sinks[h];
-        tile.merge(0xFFFF, sink.data());
+        tile.merge(EVERY_LANE, sink.data());
       }
       for (int i = 0; i < count; ++i)
         tile.output_of(i, call.output + (bh * call.queries + first + i) * call.value_width);

@@ -1,21 +1,22 @@
-// Sixteen queries side by side: one lane each, so that softmax needs no sums across lanes.
+// Some queries side by side: one lane each, so that softmax needs no sums across lanes.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
-constexpr int LANES = 16;
+// A register of lanes, and how many keys' sums (or value columns') fit the others at once.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8, WIDE = 8;
+#else
+constexpr int LANES = 4, WIDE = 8;
+#endif
+constexpr uint32_t EVERY_LANE = (1u << LANES) - 1;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-// Keys (or value columns) whose sums are held in registers at once.
-#ifdef __AVX512F__
-constexpr int WIDE = 16;
-#else
-constexpr int WIDE = 4;
-#endif
-
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
 
 static inline Lanes all(float x) { return x - Lanes{}; }
 static inline Ints all_ints(int32_t x) { return x - Ints{}; }
@@ -25,8 +26,8 @@ static inline Lanes larger(const Lanes& a, const Lanes& b) { return a > b ? a : 
 
 // -1 where the bit of the lane is set.
 static inline Ints lanes_of(uint32_t bits) {
-  const Ints each = {1,     2,     4,      8,      16,     32,     64,      128,
-                     1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  Ints each;
+  for (int i = 0; i < LANES; ++i) each[i] = 1 << i;
   return (all_ints(static_cast<int32_t>(bits)) & each) != 0;
 }
 
@@ -46,7 +47,7 @@ static inline Lanes exp_of(const Lanes& x) {
   return x < -87.0f ? Lanes{} : (Lanes)((Ints)power + exponent);
 }
 
-// Dot products of WIDE keys with the 16 queries in `query` [width][LANES] -> dots [WIDE][LANES].
+// Dot products of WIDE keys with the queries in `query` [width][LANES] -> dots [WIDE][LANES].
 static inline void dot_products(const float* query, const float* const* keys, int64_t width,
                                 float* dots) {
   Lanes sums[WIDE] = {};

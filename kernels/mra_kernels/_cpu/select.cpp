@@ -138,7 +138,7 @@ struct Step {
     }
   }
 
-  // Pooled logits of up to 16 rows and all their candidates -> scores [LANES][stride()].
+  // Pooled logits of up to LANES rows and all their candidates -> scores [LANES][stride()].
   void score(int64_t head, int64_t first, int count, const std::vector<Reach>& reach,
              std::vector<float>& query, float* scores) const {
     const int64_t b = batch_of(head), h = head % call.heads;
