@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
 from mra_cli.methods.mra import Mra
@@ -28,6 +30,14 @@ class Method(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """Everything needed to make this method again with `make_method`, JSON types only."""
+
+    def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
+        """Multiply-adds this took in matrix products: scores (pooled ones, too) and weighting of
+        values; exact attention takes ``legal_entries * (D + Dv)``."""
+
+    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
+        """The first ``heads`` heads of ``result.output``, by plain torch in float64 from the same
+        plan: what the result should be but for rounding."""
 
     def __call__(self, call: AttentionCall) -> AttentionResult: ...
 
