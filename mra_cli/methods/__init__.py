@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, get_args
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
 from mra_cli.methods.mra import Mra
 from mra_kernels import PRESETS
+from mra_kernels.api import Impl
 
 
 class Method(Protocol):
@@ -79,6 +80,34 @@ def make_method(name: str, budget: float, options: dict[str, Any] | None = None)
         return dataclasses.replace(method, config=dataclasses.replace(method.config, **changes))
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def make_methods(names: str, budget: float, options: dict[str, Any], impl: str) -> list[Method]:
+    """Several methods: names separated by commas, or ``all``; otherwise as `make_method`.
+
+    Args:
+        impl: See `with_impl`.
+    """
+    wanted = METHODS if names == "all" else dict.fromkeys(n.strip() for n in names.split(","))
+    return [with_impl(make_method(name, budget, dict(options)), impl) for name in wanted]
+
+
+def with_impl(method: Method, impl: str) -> Method:
+    """The same method, computed by that implementation; ``auto``: the best one for each call.
+
+    Raises:
+        InputError: The method has no implementations to choose from, or not this one.
+    """
+    if impl == "auto":
+        return method
+    if not isinstance(method, Mra):
+        raise InputError(
+            f"--impl is for methods of the mra family, got {method.name}; leave it out"
+        )
+    if impl not in get_args(Impl):
+        known = ", ".join(get_args(Impl))
+        raise InputError(f"--impl must be one of {known}; got {impl!r}")
+    return dataclasses.replace(method, impl=cast(Impl, impl))
 
 
 def _parsed(key: str, text: str, default: Any) -> Any:

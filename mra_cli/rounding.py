@@ -1,0 +1,51 @@
+"""Did a method compute what it set out to? Its output against the same plan in float64.
+
+Not to be mixed up with the approximation error, which compares with exact attention.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mra_cli.calls import AttentionCall, AttentionResult
+from mra_cli.measure import relative_error
+from mra_cli.methods import Method
+
+MOST_ENTRIES = 1 << 26
+"""Exact score entries that a check may take: half a minute of float64 at most."""
+
+MOST_PAIRS = 1 << 28
+"""Pairs of 4 x 4 tokens over all heads, up to which a plan is listed in bearable memory."""
+
+
+def rounding_bound(dtype: torch.dtype) -> float:
+    """Relative (Frobenius) distance from float64 that rounding can explain.
+
+    1e-4 for computing in float32: a logit of 50, summed over 64 to 128 products, is off by up to
+    50 x sqrt(128) x 2^-24 = 3e-5, and so is the weight that is its exponential; three times that
+    for sums over keys. For half types 2.5 eps more: output, weights and pooled vectors are each
+    rounded to the dtype by at most eps / 2, five times in all.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return 1e-4 + (2.5 * torch.finfo(dtype).eps if half else 0.0)
+
+
+def heads_to_check(call: AttentionCall, result: AttentionResult) -> int:
+    """How many heads (the first ones) can be checked in bearable time; 0: none."""
+    batch, heads = call.query.shape[:2]
+    if batch * heads * (call.n_queries / 4) * (call.n_keys / 4) > MOST_PAIRS:
+        return 0
+    per_head = max(1.0, float(result.density.mean()) * call.legal_entries / heads)
+    group = heads // call.key.shape[1]  # heads that share keys go together
+    return min(heads, int(MOST_ENTRIES / per_head) // group * group)
+
+
+@torch.no_grad()
+def distance_from_float64(
+    method: Method, call: AttentionCall, result: AttentionResult, heads: int
+) -> float:
+    """The worst of the first ``heads`` heads; infinite if the output is not all numbers."""
+    expected = method.in_float64(call, result, heads)
+    output = result.output[:, :heads].detach()
+    worst = float(relative_error(output, expected, call.valid_rows).max())
+    return worst if worst == worst else float("inf")
