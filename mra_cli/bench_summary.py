@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mra_cli.bench_report import BenchRow, ModelRow, Trend
 from mra_cli.environment import Environment
 from mra_cli.scaling import BreakEven, fitted_break_even, growth_exponent, measured_break_even
-
-LINEAR = 1.3
-"""Growth exponent up to which a straight line through a method's times means something."""
 
 
 def trends(rows: Sequence[BenchRow] | Sequence[ModelRow], timed: str) -> tuple[Trend, ...]:
@@ -26,19 +22,15 @@ def trends(rows: Sequence[BenchRow] | Sequence[ModelRow], timed: str) -> tuple[T
     found = []
     for key, points in groups.items():
         lengths, exact, method, speedup = (list(column) for column in zip(*points, strict=True))
-        growth = growth_exponent(lengths, method)
         if timed == "decode":
             fitted = BreakEven(None, "decoding is linear for exact attention, too")
         else:
             fitted = fitted_break_even(lengths, exact, method)
-        if growth is not None and growth > LINEAR and fitted.length is not None:
-            doubt = f"the fit takes its cost for linear, which grew as N^{growth:.2f}"
-            fitted = replace(fitted, note=", ".join(filter(None, (fitted.note, doubt))))
         found.append(
             Trend(
                 *key,
                 exact_exponent=growth_exponent(lengths, exact),
-                method_exponent=growth,
+                method_exponent=growth_exponent(lengths, method),
                 fitted=fitted,
                 measured=measured_break_even(lengths, speedup),
             )

@@ -21,10 +21,14 @@ import mra_kernels
 from mra_cli import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "gguf", "matplotlib")
-FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16")
-FLAGS += ("avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "LD_PRELOAD")
-VARIABLES += ("CXX", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY", "TRITON_INTERPRET")
+FLAGS = (
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16"),
+    *("avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16"),
+)
+VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "LD_PRELOAD"),
+    *("CXX", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY", "TRITON_INTERPRET"),
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from mra_cli.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+Row = BenchRow | ModelRow
+
 FORMATS = ("png", "svg")
 
 _STYLES: list[dict[str, Any]] = [  # colour-blind safe (Okabe and Ito), of different lightness
@@ -50,15 +52,18 @@ def draw(report: BenchReport, kind: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    groups: list[tuple[str, Sequence[BenchRow] | Sequence[ModelRow]]]
+    groups: list[tuple[str, Sequence[Row]]]
     if report.model_rows:
         groups = [("model", report.model_rows)]
     else:
         patterns = dict.fromkeys(row.pattern for row in report.rows)
         groups = [(p, [row for row in report.rows if row.pattern == p]) for p in patterns]
-    fonts: dict[str, Any] = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}
-    with rc_context({**fonts, "svg.hashsalt": "mra-cli", "svg.fonttype": "none"}):
+    settings: Any = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}
+    settings |= {"svg.hashsalt": "mra-cli", "svg.fonttype": "none"}  # same drawing, same file
+    with rc_context(settings):
         figure = Figure(figsize=(10.5, 0.6 + 4.1 * len(groups)), layout="constrained")
+        engine: Any = figure.get_layout_engine()
+        engine.set(hspace=0.06, wspace=0.05)
         panels = figure.subplots(len(groups), 2, squeeze=False)
         for (pattern, rows), (left, right) in zip(groups, panels, strict=True):
             trends = {(t.method, t.setting): t for t in report.trends if t.pattern == pattern}
@@ -68,17 +73,19 @@ def draw(report: BenchReport, kind: str) -> bytes:
         machine = f"{report.threads} threads, {report.environment.summary()}"
         figure.supxlabel(f"{report.inputs}; {machine}", fontsize=7.5, color="#444444")
         out = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {}  # the same drawing, the same file
+        metadata = {"Date": None} if kind == "svg" else {}
         figure.savefig(out, format=kind, dpi=160, metadata=metadata)
     return out.getvalue()
 
 
 def _latency(
     axes: Any,
-    rows: Sequence[BenchRow] | Sequence[ModelRow],
+    rows: Sequence[Row],
     trends: dict[tuple[str, str], Trend],
     pattern: str,
 ) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     points = [_point(row) for row in rows]
     exact: dict[int, list[float]] = {}
     for length, exact_ms, _, _ in points:
@@ -105,16 +112,17 @@ def _latency(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, labels=[_short(n) for n in lengths])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("tokens" if pattern == "model" else "keys")
     axes.set_ylabel("prefill, ms (median)" if pattern == "model" else "latency, ms (median)")
-    axes.set_title(_title(pattern, "latency; circled: break-even, measured"), fontsize=10)
+    axes.set_title(_title(pattern, "latency; circled: break-even as measured"), fontsize=10)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False, fontsize=8.5)
 
 
-def _speedup(axes: Any, rows: Sequence[BenchRow] | Sequence[ModelRow], pattern: str) -> None:
+def _speedup(axes: Any, rows: Sequence[Row], pattern: str) -> None:
     """Against error for single calls, over length for whole models (whose harm is in words)."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -140,7 +148,9 @@ def _speedup(axes: Any, rows: Sequence[BenchRow] | Sequence[ModelRow], pattern: 
         axes.set_xticks(lengths, labels=[_short(n) for n in lengths])
         axes.set_xlabel("tokens")
     else:
-        axes.set_xlim(left=0.0)
+        axes.set_xlim(
+            0.0, 1.15 * max(row.error for row in rows if isinstance(row, BenchRow)) + 0.01
+        )
         axes.set_xlabel("approximation error (relative, of the output)")
     axes.set_ylabel("speed-up")
     what = "speed-up" if pattern == "model" else "speed-up against error; numbers: keys"
@@ -164,7 +174,7 @@ def _point(row: BenchRow | ModelRow) -> tuple[int, float, float, float]:
     return row.n_tokens, row.exact_prefill_ms, row.method_prefill_ms, row.speedup
 
 
-def _series(rows: Sequence[BenchRow] | Sequence[ModelRow]) -> list[tuple[str, str]]:
+def _series(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(row.series for row in rows))
 
 
@@ -173,9 +183,12 @@ def _label(series: tuple[str, str]) -> str:
 
 
 def _break_even(trend: Trend | None) -> str:
-    if trend is None or trend.fitted.length is None:
+    if trend is None:
         return ""
-    return f" (fitted break-even {trend.fitted.length:.0f})"
+    if trend.measured.length is None:
+        return " (slower throughout)"
+    fitted = trend.fitted.length
+    return f" (from {trend.measured.length:.0f}" + (f"; fit {fitted:.0f})" if fitted else ")")
 
 
 def _title(pattern: str, what: str) -> str:

@@ -11,6 +11,9 @@ import torch
 FEWEST = 3
 """Lengths that a fit needs: a quadratic has three coefficients."""
 
+LINEAR = 1.3
+"""Growth exponent up to which a straight line through times means something."""
+
 
 @dataclass(frozen=True)
 class BreakEven:
@@ -32,23 +35,28 @@ def fitted_break_even(
 
     The 'efficiency length' of the Comprehensive Attention Benchmark (Zhang et al., ICML 2023,
     arXiv 2210.07661): least squares of ``a n^2 + b n + c`` and ``d n + e``, and the larger root of
-    their difference. It believes that the method is linear, which a fixed budget is not: compare
-    it with `measured_break_even`.
+    their difference. A method whose own times grew faster than ``n ** LINEAR`` (any method at a
+    fixed budget does, at last) gets a quadratic, too, and the note says so.
     """
-    if len(set(lengths)) < FEWEST:
+    growth = growth_exponent(lengths, method_ms)
+    if growth is None:
         return BreakEven(None, f"a fit needs {FEWEST} lengths, got {len(set(lengths))}")
-    a, b, c = _polynomial(lengths, exact_ms, 2)
-    d, e = _polynomial(lengths, method_ms, 1)
-    if a <= 0:
+    degree = 1 if growth <= LINEAR else 2
+    notes = [] if degree == 1 else [f"two quadratics: it grew as N^{growth:.2f}"]
+    exact = _polynomial(lengths, exact_ms, 2)
+    method = [0.0] * (2 - degree) + _polynomial(lengths, method_ms, degree)
+    a, b, c = (x - y for x, y in zip(exact, method, strict=True))
+    discriminant = b * b - 4 * a * c
+    if exact[0] <= 0:
         return BreakEven(None, "exact attention did not grow quadratically")
-    discriminant = (b - d) ** 2 - 4 * a * (c - e)
-    if discriminant < 0:
-        return BreakEven(None, "faster at every length")
-    root = (d - b + math.sqrt(discriminant)) / (2 * a)
+    if a <= 0:
+        return BreakEven(None, ", ".join(["slower from some length on", *notes]))
+    root = (-b + math.sqrt(discriminant)) / (2 * a) if discriminant >= 0 else 0.0
     if root <= 0:
-        return BreakEven(None, "faster at every length")
-    outside = not min(lengths) <= root <= max(lengths)
-    return BreakEven(root, "outside the lengths measured" if outside else "")
+        return BreakEven(None, ", ".join(["faster at every length", *notes]))
+    if not min(lengths) <= root <= max(lengths):
+        notes.insert(0, "beyond the lengths measured")
+    return BreakEven(root, ", ".join(notes))
 
 
 def measured_break_even(lengths: Sequence[int], speedup: Sequence[float]) -> BreakEven:
@@ -63,8 +71,8 @@ def measured_break_even(lengths: Sequence[int], speedup: Sequence[float]) -> Bre
             break
         found = length
     if found is None:
-        return BreakEven(None, f"slower at {max(lengths)}, the longest length measured")
-    return BreakEven(found, "the shortest length measured" if found == min(lengths) else "")
+        return BreakEven(None, f"slower at {max(lengths)}, the longest")
+    return BreakEven(found, "the shortest measured" if found == min(lengths) else "")
 
 
 def growth_exponent(lengths: Sequence[int], times_ms: Sequence[float]) -> float | None:
