@@ -35,14 +35,15 @@ def fitted_break_even(
 
     The 'efficiency length' of the Comprehensive Attention Benchmark (Zhang et al., ICML 2023,
     arXiv 2210.07661): least squares of ``a n^2 + b n + c`` and ``d n + e``, and the larger root of
-    their difference. A method whose own times grew faster than ``n ** LINEAR`` (any method at a
-    fixed budget does, at last) gets a quadratic, too, and the note says so.
+    their difference. A method whose times grow faster than ``n ** LINEAR`` over its three longest
+    lengths (any method at a fixed budget does, at last) gets a quadratic, too; the note says so.
     """
-    growth = growth_exponent(lengths, method_ms)
+    longest = sorted(zip(lengths, method_ms, strict=True))[-FEWEST:]
+    growth = growth_exponent(*zip(*longest, strict=True))
     if growth is None:
         return BreakEven(None, f"a fit needs {FEWEST} lengths, got {len(set(lengths))}")
     degree = 1 if growth <= LINEAR else 2
-    notes = [] if degree == 1 else [f"two quadratics: it grew as N^{growth:.2f}"]
+    notes = [] if degree == 1 else [f"of two quadratics: it grows as N^{growth:.2f}"]
     exact = _polynomial(lengths, exact_ms, 2)
     method = [0.0] * (2 - degree) + _polynomial(lengths, method_ms, degree)
     a, b, c = (x - y for x, y in zip(exact, method, strict=True))
