@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import os
 import platform
 import re
@@ -17,8 +15,8 @@ from typing import Any
 
 import torch
 
-import mra_kernels
 from mra_cli import __version__
+from mra_kernels import _build, implementations, native
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "gguf", "matplotlib")
 FLAGS = (
@@ -49,7 +47,7 @@ class Environment:
         compiler: C++ compiler and its version; None: none found.
         gpus: Names of CUDA devices torch sees.
         driver: Of the GPU; None: none found.
-        cache: Where compiled kernels are kept; None: nothing here is compiled.
+        cache: Where compiled kernels are kept.
         implementations: Why each implementation of MRA can't be used here; None: it can.
         variables: Environment variables that change timings and are set.
     """
@@ -69,7 +67,7 @@ class Environment:
     compiler: str | None
     gpus: tuple[str, ...]
     driver: str | None
-    cache: str | None
+    cache: str
     implementations: dict[str, str | None]
     variables: dict[str, str]
 
@@ -127,7 +125,7 @@ class Environment:
             ("compiler", self.compiler or "none found (C++); Debian: apt install g++"),
             ("gpu", ", ".join(self.gpus) or "none that torch can use"),
             ("gpu driver", self.driver or "none found"),
-            ("kernel cache", self.cache or "none: nothing is compiled here"),
+            ("kernel cache", self.cache),
             *(
                 (f"impl {name}", "usable" if reason is None else f"not usable: {reason}")
                 for name, reason in self.implementations.items()
@@ -142,24 +140,15 @@ class Environment:
         return f"{self.system.split()[0]}, {cpu}{gpu}, torch {self.packages['torch']}"
 
 
-def implementations() -> dict[str, str | None]:
-    """Every implementation of MRA by name, and why it can't be used here; None: it can."""
-    ask = getattr(mra_kernels, "implementations", None)
-    return dict(ask()) if ask is not None else {"reference": None}
-
-
 def compile_kernels() -> float | None:
     """Compiles what is compiled at first use, so that no figure contains it.
 
     Returns:
-        Seconds it took, 0.0 if it was done before; None: there is nothing, or it can't be done
-        here, and `implementations` says why.
+        Seconds it took, 0.0 if it was done before; None: it can't be done here, and
+        `mra_kernels.implementations` says why.
     """
-    if importlib.util.find_spec("mra_kernels.native") is None:
-        return None
-    native = importlib.import_module("mra_kernels.native")
     try:
-        return float(native.build())
+        return native.build()
     except RuntimeError:
         return None
 
@@ -224,10 +213,7 @@ def _load() -> float | None:
 
 
 def _compiler() -> str | None:
-    """``$CXX``, or the first of the usual names on the path, with its version."""
-    named = os.environ.get("CXX")
-    candidates = [named] if named else ["g++", "clang++", "c++"]
-    path = next(filter(None, map(shutil.which, candidates)), None)
+    path = _build.compiler()
     if path is None:
         return None
     return f"{path} ({_first_line([path, '--version']) or 'no version given'})"
@@ -243,11 +229,8 @@ def _driver() -> str | None:
     return None
 
 
-def _cache() -> str | None:
-    build = getattr(mra_kernels, "_build", None)
-    if build is None:
-        return None
-    where = str(build.cache_directory())
+def _cache() -> str:
+    where = str(_build.cache_directory())
     return where.replace(str(Path.home()), "~", 1)  # pasted where anybody can read it
 
 

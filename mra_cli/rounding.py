@@ -12,7 +12,10 @@ from mra_cli.measure import relative_error
 from mra_cli.methods import Method
 
 MOST_ENTRIES = 1 << 26
-"""Exact score entries that a check may take: half a minute of float64 at most."""
+"""Exact score entries that a check may take at all: some ten seconds of float64."""
+
+ENOUGH_ENTRIES = 1 << 23
+"""No further heads once they have so many together."""
 
 MOST_PAIRS = 1 << 28
 """Pairs of 4 x 4 tokens over all heads, up to which a plan is listed in bearable memory."""
@@ -37,7 +40,9 @@ def heads_to_check(call: AttentionCall, result: AttentionResult) -> int:
         return 0
     per_head = max(1.0, float(result.density.mean()) * call.legal_entries / heads)
     group = heads // call.key.shape[1]  # heads that share keys go together
-    return min(heads, int(MOST_ENTRIES / per_head) // group * group)
+    if group * per_head > MOST_ENTRIES:
+        return 0
+    return min(heads, max(group, int(ENOUGH_ENTRIES / per_head) // group * group))
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def fitted_break_even(
     if growth is None:
         return BreakEven(None, f"a fit needs {FEWEST} lengths, got {len(set(lengths))}")
     degree = 1 if growth <= LINEAR else 2
-    notes = [] if degree == 1 else [f"of two quadratics: it grows as N^{growth:.2f}"]
+    notes = [] if degree == 1 else [f"both quadratic: N^{growth:.2f}"]
     exact = _polynomial(lengths, exact_ms, 2)
     method = [0.0] * (2 - degree) + _polynomial(lengths, method_ms, degree)
     a, b, c = (x - y for x, y in zip(exact, method, strict=True))

@@ -250,7 +250,6 @@ def decode_call(call: AttentionCall, rows: int) -> AttentionCall:
             query_valid=None if mask.query_valid is None else mask.query_valid[:, first:],
             dense=None if mask.dense is None else mask.dense[:, first:],
             query_offset=mask.query_offset + first,
-            _cache={},
         )
     return replace(
         call,

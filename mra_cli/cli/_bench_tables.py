@@ -121,8 +121,8 @@ def _cells(row: BenchRow, *, show_impl: bool) -> list[str]:
         setting,
         f"{row.density:.3f}",
         f"{row.error:.3f}",
-        f"{row.exact_p50_ms:.3g} ({row.exact_p90_ms:.3g})",
-        f"{row.method_p50_ms:.3g} ({row.method_p90_ms:.3g})",
+        f"{_three(row.exact_p50_ms)} ({_three(row.exact_p90_ms)})",
+        f"{_three(row.method_p50_ms)} ({_three(row.method_p90_ms)})",
         _speedup(row.speedup),
         f"{100 * row.of_ideal:.0f} %",
         f"{_mib(row.method_bytes)} ({_mib(row.exact_bytes)})",
@@ -190,4 +190,9 @@ def _threads(report: BenchReport) -> str:
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:.3g}"
+    return _three(size / 2**20)
+
+
+def _three(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
