@@ -27,7 +27,7 @@ from mra_cli.measure import (
     with_peak_bytes,
     with_resident_bytes,
 )
-from mra_cli.methods import Method
+from mra_cli.methods import Method, reason_against_impl
 from mra_cli.rounding import distance_from_float64, heads_to_check, rounding_bound
 from mra_cli.workload import Workload, decode_call, refused_pattern
 
@@ -92,8 +92,10 @@ def cases(workload: Workload, setup: BenchSetup) -> list[Case]:
                 refusal = str(error)
             for method, setting in _candidates(setup, call):
                 reason = refusal
-                if call is not None and not setup.decode:  # decoding has no blocks of queries
-                    reason = method.reason_for_exact(call)
+                if call is not None:
+                    reason = reason_against_impl(method, call, backward=setup.backward)
+                    if reason is None and not setup.decode:  # which has no blocks of queries
+                        reason = method.reason_for_exact(call)
                 found.append(Case(pattern, length, method, setting, reason))
     return found
 

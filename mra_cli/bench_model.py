@@ -24,7 +24,7 @@ from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage, Judge
 from mra_cli.inputs import Samples, dry_run, make_samples, position_limit
 from mra_cli.measure import elapsed_ms, with_resident_bytes
-from mra_cli.methods import Method
+from mra_cli.methods import Method, reason_against_impl
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
 from mra_cli.sites import Site, find_sites
@@ -90,8 +90,19 @@ def model_plan(checkpoint: Checkpoint, setup: ModelSetup) -> dict[str, Any]:
 
 
 def sites_to_patch(checkpoint: Checkpoint, setup: ModelSetup) -> list[Site]:
-    """The sites that will be approximated."""
-    return choose_sites(find_sites(checkpoint.model, dry_run(checkpoint)), setup.layers)
+    """The sites that will be approximated.
+
+    Raises:
+        UnsupportedModelError: None can be.
+        InputError: ``layers`` names none, or an implementation that was asked for can't serve.
+    """
+    sites = choose_sites(find_sites(checkpoint.model, dry_run(checkpoint)), setup.layers)
+    call = outline(sites[0], 256, checkpoint.dtype, checkpoint.device)
+    for method in setup.methods:
+        reason = reason_against_impl(method, call)
+        if reason is not None:
+            raise InputError(f"--impl can't serve {checkpoint.name}: {reason}; leave it out")
+    return sites
 
 
 @torch.no_grad()
@@ -278,7 +289,7 @@ def _rate(ms_per_token: Sequence[float | None]) -> float | None:
 
 def _harm(damage: Damage) -> str:
     if damage.perplexity is not None and damage.perplexity_exact is not None:
-        return f"perplexity {damage.perplexity_exact:.2f} -> {damage.perplexity:.2f}"
+        return f"ppl {damage.perplexity_exact:.2f} -> {damage.perplexity:.2f}"
     if damage.cosine_mean is not None:
         return f"embedding cosine {damage.cosine_mean:.4f}"
     if damage.output_change is not None:
@@ -302,7 +313,7 @@ def _notes(
         step = decode_call(outline(sites[0], 256, checkpoint.dtype, checkpoint.device), 1)
         reasons = {method.name: method.reason_for_exact(step) for method in methods}
         notes += [
-            f"{name} answers decoding exactly ({reason}): its speed there is exact attention's."
+            f"{name} leaves decoding exact ({reason}): a change of its speed is the patch's own cost."
             for name, reason in reasons.items()
             if reason is not None
         ]

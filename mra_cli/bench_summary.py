@@ -68,13 +68,16 @@ def call_notes(random: bool, rows: Sequence[BenchRow]) -> list[str]:
             "Random inputs have no structure for a method to find: believe the timings, not the "
             "errors; --inputs MODEL times real queries, keys and values."
         )
-    seen = {(row.pattern, *row.series): row.lookahead for row in rows if row.lookahead is not None}
-    for (pattern, method, setting), moved in seen.items():
-        if moved > 0:
-            notes.append(
-                f"{pattern}: {method} at {setting} looks ahead: other tokens in the second half "
-                f"move outputs of the first half by {moved:.1%} (exact attention: 0)."
-            )
+    moved: dict[str, list[str]] = {}
+    for row in rows:
+        if row.lookahead is not None and row.lookahead > 0:
+            method, setting = row.series
+            moved.setdefault(row.pattern, []).append(f"{method} at {setting} {row.lookahead:.1%}")
+    for pattern, amounts in moved.items():
+        notes.append(
+            f"{pattern}: other tokens in the second half move outputs of the first half, which exact "
+            f"attention keeps: {', '.join(amounts)}."
+        )
     unchecked = sorted({row.n_keys for row in rows if row.rounding is None})
     if unchecked:
         lengths = ", ".join(map(str, unchecked))

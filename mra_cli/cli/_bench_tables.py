@@ -98,7 +98,9 @@ def _attention(report: BenchReport, pattern: str) -> Table:
         title += f", {rows[0].n_queries} new against the cache"
     elif pattern[1] == "C":
         title += ", half as many queries as keys"
-    table = Table(title=title, caption=f"computed by: {', '.join(impls)}")
+    heads = min((row.heads_checked for row in rows if row.heads_checked), default=0)
+    checked = f"; checked against float64: {heads} or more heads of each row" if heads else ""
+    table = Table(title=title, caption=f"computed by: {', '.join(impls)}{checked}")
     names = ["keys", "method", "budget", "density", "error", "exact ms\np50 (p90)"]
     names += ["method ms\np50 (p90)", "speed-up", "of\nideal", "peak MiB\n(exact)", "check"]
     for name in names:

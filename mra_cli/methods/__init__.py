@@ -11,7 +11,7 @@ from torch import Tensor
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
 from mra_cli.methods.mra import Mra
-from mra_kernels import PRESETS
+from mra_kernels import PRESETS, implementations, native
 from mra_kernels.api import Impl
 
 
@@ -107,7 +107,23 @@ def with_impl(method: Method, impl: str) -> Method:
     if impl not in get_args(Impl):
         known = ", ".join(get_args(Impl))
         raise InputError(f"--impl must be one of {known}; got {impl!r}")
+    reason = implementations()[impl]
+    if reason is not None:
+        raise InputError(f"--impl {impl} can't be used here: {reason}")
     return dataclasses.replace(method, impl=cast(Impl, impl))
+
+
+def reason_against_impl(
+    method: Method, call: AttentionCall, *, backward: bool = False
+) -> str | None:
+    """Why the implementation that was asked for can't compute a call; None if it can, or if none
+    was asked for."""
+    if not isinstance(method, Mra) or method.impl != "native":
+        return None
+    if backward:
+        return "native has no gradients"
+    tensors = call.query, call.key, call.value, call.sinks, call.bias
+    return native.reason_against(*tensors, mask=call.mask)
 
 
 def _parsed(key: str, text: str, default: Any) -> Any:
