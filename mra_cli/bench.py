@@ -28,7 +28,7 @@ from mra_cli.measure import (
     with_resident_bytes,
 )
 from mra_cli.methods import Method, reason_against_impl
-from mra_cli.rounding import distance_from_float64, heads_to_check, rounding_bound
+from mra_cli.rounding import as_number, distance_from_float64, heads_to_check, rounding_bound
 from mra_cli.workload import Workload, decode_call, refused_pattern
 
 Progress = Callable[[str, int, int], None]
@@ -237,7 +237,7 @@ class _OneCall:
                 keys_per_row=setup.keys_per_row,
                 impl=result.impl,
                 density=float(result.density.mean()),
-                error=float(error.mean()),
+                error=as_number(float(error.mean())),
                 exact_p50_ms=percentile(times.first_ms, 0.5),
                 exact_p90_ms=percentile(times.first_ms, 0.9),
                 method_p50_ms=percentile(times.second_ms, 0.5),

@@ -313,7 +313,7 @@ def _notes(
         step = decode_call(outline(sites[0], 256, checkpoint.dtype, checkpoint.device), 1)
         reasons = {method.name: method.reason_for_exact(step) for method in methods}
         notes += [
-            f"{name} leaves decoding exact ({reason}): a change of its speed is the patch's own cost."
+            f"{name} leaves decoding exact ({reason}): a slower one is the patch's cost."
             for name, reason in reasons.items()
             if reason is not None
         ]

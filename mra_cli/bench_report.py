@@ -213,6 +213,12 @@ class BenchReport:
     schema: int = SCHEMA
 
     @property
+    def machine(self) -> str:
+        """Threads, processor, torch: one line."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{threads}, {self.environment.summary()}"
+
+    @property
     def failed(self) -> list[BenchRow]:
         """Rows whose output misses its reference by more than rounding."""
         return [row for row in self.rows if row.status == "FAILED"]

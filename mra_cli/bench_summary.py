@@ -75,8 +75,8 @@ def call_notes(random: bool, rows: Sequence[BenchRow]) -> list[str]:
             moved.setdefault(row.pattern, []).append(f"{method} at {setting} {row.lookahead:.1%}")
     for pattern, amounts in moved.items():
         notes.append(
-            f"{pattern}: other tokens in the second half move outputs of the first half, which exact "
-            f"attention keeps: {', '.join(amounts)}."
+            f"{pattern}: other tokens in the second half move outputs of the first half, "
+            f"which exact attention keeps: {', '.join(amounts)}."
         )
     unchecked = sorted({row.n_keys for row in rows if row.rounding is None})
     if unchecked:

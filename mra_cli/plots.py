@@ -70,8 +70,7 @@ def draw(report: BenchReport, kind: str) -> bytes:
             _latency(left, rows, trends, pattern)
             _speedup(right, rows, pattern)
         figure.suptitle(f"{report.subject}, {report.dtype}", fontsize=11)
-        machine = f"{report.threads} threads, {report.environment.summary()}"
-        figure.supxlabel(f"{report.inputs}; {machine}", fontsize=7.5, color="#444444")
+        figure.supxlabel(f"{report.inputs}; {report.machine}", fontsize=7.5, color="#444444")
         out = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {}
         figure.savefig(out, format=kind, dpi=160, metadata=metadata)
@@ -84,8 +83,6 @@ def _latency(
     trends: dict[tuple[str, str], Trend],
     pattern: str,
 ) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     points = [_point(row) for row in rows]
     exact: dict[int, list[float]] = {}
     for length, exact_ms, _, _ in points:
@@ -112,9 +109,9 @@ def _latency(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, labels=[_short(n) for n in lengths])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.12)
+    _label_y(axes, "")
     axes.set_xlabel("tokens" if pattern == "model" else "keys")
     axes.set_ylabel("prefill, ms (median)" if pattern == "model" else "latency, ms (median)")
     axes.set_title(_title(pattern, "latency; circled: break-even as measured"), fontsize=10)
@@ -124,8 +121,6 @@ def _latency(
 
 def _speedup(axes: Any, rows: Sequence[Row], pattern: str) -> None:
     """Against error for single calls, over length for whole models (whose harm is in words)."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     axes.axhline(1.0, color="black", linewidth=1.0)
     for number, series in enumerate(_series(rows)):
         mine = [row for row in rows if row.series == series]
@@ -138,10 +133,10 @@ def _speedup(axes: Any, rows: Sequence[Row], pattern: str) -> None:
             if isinstance(row, BenchRow):
                 offset = {"xytext": (6, 4 if place else -10), "textcoords": "offset points"}
                 axes.annotate(_short(row.n_keys), (xs[place], ys[place]), fontsize=7.5, **offset)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_yscale("log")
+    axes.minorticks_off()
     axes.margins(x=0.12, y=0.15)
+    _label_y(axes, "x")
     if pattern == "model":
         lengths = sorted({_point(row)[0] for row in rows})
         axes.set_xscale("log", base=2)
@@ -165,6 +160,22 @@ def _speedup(axes: Any, rows: Sequence[Row], pattern: str) -> None:
         ha="right",
         fontsize=8,
     )
+
+
+def _label_y(axes: Any, unit: str) -> None:
+    """1, 2, 5, 10, ... where they suffice; else, over less than a decade, evenly spaced numbers."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+
+    low, high = axes.get_ylim()
+    steps = [m * 10.0**k for k in range(-4, 8) for m in (1, 2, 5)]
+    ticks = [tick for tick in steps if low <= tick <= high]
+    if len(ticks) < 3:
+        even = [float(tick) for tick in MaxNLocator(5).tick_values(low, high)]
+        ticks = [tick for tick in even if low <= tick <= high]
+    while len(ticks) > 8:
+        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")][-8:]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}{unit}" for tick in ticks]))
 
 
 def _point(row: BenchRow | ModelRow) -> tuple[int, float, float, float]:

@@ -5,6 +5,8 @@ Not to be mixed up with the approximation error, which compares with exact atten
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mra_cli.calls import AttentionCall, AttentionResult
@@ -19,6 +21,10 @@ ENOUGH_ENTRIES = 1 << 23
 
 MOST_PAIRS = 1 << 28
 """Pairs of 4 x 4 tokens over all heads, up to which a plan is listed in bearable memory."""
+
+
+NO_NUMBERS = 1e9
+"""Stands for the error of an output that is not all numbers."""
 
 
 def rounding_bound(dtype: torch.dtype) -> float:
@@ -49,8 +55,12 @@ def heads_to_check(call: AttentionCall, result: AttentionResult) -> int:
 def distance_from_float64(
     method: Method, call: AttentionCall, result: AttentionResult, heads: int
 ) -> float:
-    """The worst of the first ``heads`` heads; infinite if the output is not all numbers."""
+    """The worst of the first ``heads`` heads."""
     expected = method.in_float64(call, result, heads)
     output = result.output[:, :heads].detach()
-    worst = float(relative_error(output, expected, call.valid_rows).max())
-    return worst if worst == worst else float("inf")
+    return as_number(float(relative_error(output, expected, call.valid_rows).max()))
+
+
+def as_number(error: float) -> float:
+    """The error, or `NO_NUMBERS` where the output held NaN or infinities, which JSON can't say."""
+    return error if math.isfinite(error) else NO_NUMBERS

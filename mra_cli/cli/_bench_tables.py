@@ -28,7 +28,7 @@ def heading(report: BenchReport) -> list[tuple[str, str]]:
     )
     return [
         (f"{report.subject}, {report.dtype} on {report.device}: {_TIMED[report.timed]}", "bold"),
-        (f"{report.inputs}; {_threads(report)}, {report.environment.summary()}", "dim"),
+        (f"{report.inputs}; {report.machine}", "dim"),
         (
             f"exact: torch's scaled_dot_product_attention, same dtype, in turn with each method"
             f"{compiling}",
@@ -185,10 +185,6 @@ def _speedup(ratio: float) -> str:
 
 def _change(before: float | None, after: float | None, form: str) -> str:
     return " -> ".join("-" if x is None else form.format(x) for x in (before, after))
-
-
-def _threads(report: BenchReport) -> str:
-    return f"{report.threads} thread{'s' if report.threads > 1 else ''}"
 
 
 def _mib(size: int) -> str:
