@@ -278,7 +278,7 @@ class _OneCall:
             other[name] = torch.cat([tensor[:, :, :half], -tensor[:, :, half:]], 2)
         changed = method(replace(call, **other)).output[:, :, :half]
         moved = relative_error(changed, result.output[:, :, :half], call.valid_rows[:, :half])
-        return float(moved.mean())
+        return as_number(float(moved.mean()))
 
 
 @contextmanager

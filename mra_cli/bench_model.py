@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mra_cli.analyze import choose_sites
 from mra_cli.bench import Progress, computing_threads
 from mra_cli.bench_report import BenchReport, ModelRow, Refusal, command_line, timestamp
 from mra_cli.bench_summary import busy_notes, trends
+from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
@@ -25,7 +26,7 @@ from mra_cli.evaluate import Damage, Judge
 from mra_cli.inputs import Samples, dry_run, make_samples, position_limit
 from mra_cli.measure import elapsed_ms, with_resident_bytes
 from mra_cli.methods import Method, reason_against_impl
-from mra_cli.patching import patched
+from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
 from mra_cli.sites import Site, find_sites
 from mra_cli.workload import decode_call, outline
@@ -181,7 +182,7 @@ def _row(
 ) -> ModelRow:
     model, batch = checkpoint.model, samples.batches[0]
     plan = Plan.uniform(sites, method)
-    length = samples.length or next(iter(batch.values())).shape[-1]
+    length = samples.length or _keys(model, sites[0], batch)
     steps = setup.new_tokens if decodes(model, length + setup.new_tokens) else 0
 
     def run(context: AbstractContextManager[None]) -> Run:
@@ -264,6 +265,19 @@ def _run(model: PreTrainedModel, batch: dict[str, Any], steps: int) -> Run:
 
     _, decode_ms = elapsed_ms(decode)
     return Run(prefill_ms, prefill_ms + choice_ms, decode_ms / steps)
+
+
+def _keys(model: PreTrainedModel, site: Site, batch: dict[str, Any]) -> int:
+    """Keys that a site sees: the length of what is no text."""
+    seen: list[int] = []
+
+    def count(_: Site, call: AttentionCall) -> Tensor:
+        seen.append(call.n_keys)
+        return call.exact()
+
+    with intercepted(model, {site.name: site}, count):
+        model(**batch)
+    return seen[0]
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:

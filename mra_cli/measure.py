@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import statistics
 import sys
 import time
@@ -148,7 +147,6 @@ def with_resident_bytes(function: Callable[[], T], device: torch.device) -> tupl
     """
     if device.type != "cpu":
         return with_peak_bytes(function, device)
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # hand back what is free, or it would be used unseen
         Path("/proc/self/clear_refs").write_text("5")  # peak := now

@@ -48,7 +48,7 @@ def fitted_break_even(
     method = [0.0] * (2 - degree) + _polynomial(lengths, method_ms, degree)
     a, b, c = (x - y for x, y in zip(exact, method, strict=True))
     discriminant = b * b - 4 * a * c
-    if exact[0] <= 0:
+    if exact[0] * max(lengths) ** 2 <= 0.01 * max(exact_ms):
         return BreakEven(None, "exact attention did not grow quadratically")
     if a <= 0:
         return BreakEven(None, ", ".join(["slower from some length on", *notes]))

@@ -129,12 +129,12 @@ def bench(
         calls: Workload
         if inputs == "random":
             calls = RandomWorkload.of(
-                pattern or ("CS" if decode else "NS,CS"),
+                ("CS" if decode else "NS,CS") if pattern is None else pattern,
                 heads=heads or 8,
                 kv_heads=kv_heads or heads or 8,
                 head_dim=head_dim or 64,
                 batch=batch or 1,
-                dtype=dtype or "float32",
+                dtype="float32" if dtype is None else dtype,
                 device=device,
                 seed=seed,
             )
