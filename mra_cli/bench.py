@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mra_cli.bench_report import BenchReport, BenchRow, Refusal, command_line, timestamp
-from mra_cli.bench_summary import busy_notes, call_notes, trends
+from mra_cli.bench_summary import busy_notes, call_notes, left_exact, trends
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.decoding import decode_step
 from mra_cli.environment import Environment
@@ -156,6 +156,10 @@ def run_bench(
                     raise
                 refused.append(_refusal(case, "out of memory"))
                 bench = None
+    decoding = []
+    if setup.decode:
+        outlines = [(c.method, workload.outline(c.pattern, c.length)) for c in runnable]
+        decoding = left_exact([(m, decode_call(call, setup.rows)) for m, call in outlines])
     if not rows:
         raise InputError("all cases ran out of memory; use a smaller --seq-len")
     return BenchReport(
@@ -172,7 +176,7 @@ def run_bench(
         model_rows=(),
         refused=tuple(refused),
         trends=trends(rows, setup.timed),
-        notes=(*busy_notes(environment), *call_notes(workload.random, rows)),
+        notes=(*busy_notes(environment), *call_notes(workload.random, rows), *decoding),
         compile_s=compile_s,
         seconds=time.perf_counter() - started,
     )

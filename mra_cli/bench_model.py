@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mra_cli.analyze import choose_sites
 from mra_cli.bench import Progress, computing_threads
 from mra_cli.bench_report import BenchReport, ModelRow, Refusal, command_line, timestamp
-from mra_cli.bench_summary import busy_notes, trends
+from mra_cli.bench_summary import busy_notes, left_exact, trends
 from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.environment import Environment
@@ -324,13 +324,10 @@ def _notes(
     elif any(row.exact_tokens_per_s is None for row in rows):
         notes.append("No decoding where the positions would run out: use a smaller --seq-len.")
     else:
-        step = decode_call(outline(sites[0], 256, checkpoint.dtype, checkpoint.device), 1)
-        reasons = {method.name: method.reason_for_exact(step) for method in methods}
-        notes += [
-            f"{name} leaves decoding exact ({reason}): a slower one is the patch's cost."
-            for name, reason in reasons.items()
-            if reason is not None
+        calls = [
+            outline(sites[0], row.n_tokens, checkpoint.dtype, checkpoint.device) for row in rows
         ]
+        notes += left_exact([(m, decode_call(call, 1)) for m in methods for call in calls])
     if samples.synthetic:
         notes.append("Inputs were synthetic: believe the timings, not the harm.")
     return notes

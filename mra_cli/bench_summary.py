@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mra_cli.bench_report import BenchRow, ModelRow, Trend
+from mra_cli.calls import AttentionCall
+from mra_cli.decoding import as_decoded
 from mra_cli.environment import Environment
+from mra_cli.methods import Method
 from mra_cli.scaling import BreakEven, fitted_break_even, growth_exponent, measured_break_even
 
 
@@ -54,6 +57,16 @@ def busy_notes(environment: Environment) -> list[str]:
             "CPUs): ratios are of pairs taken in turn, but look at p90."
         )
     return notes
+
+
+def left_exact(steps: Sequence[tuple[Method, AttentionCall]]) -> list[str]:
+    """Which of these calls of decoding a patched model would answer exactly, and why."""
+    found: dict[str, None] = {}
+    for method, call in steps:
+        reason = method.reason_for_exact(as_decoded(call))
+        if reason is not None:
+            found[f"Patched by {method.name}, a model decodes exactly where {reason}."] = None
+    return list(found)
 
 
 def call_notes(random: bool, rows: Sequence[BenchRow]) -> list[str]:
