@@ -37,6 +37,10 @@ ENOUGH_MS = 20_000.0
 """No further pair of timings once a row's took this long together."""
 
 
+QUICK_MS = 200.0
+"""More than ten pairs are taken while a row's take less than this."""
+
+
 @dataclass(frozen=True)
 class BenchSetup:
     """What to time.
@@ -49,7 +53,8 @@ class BenchSetup:
         backward: Time forward and backward pass together.
         decode: Time ``rows`` new queries against a full cache.
         rows: See ``decode``.
-        pairs: Most pairs of timings per row.
+        pairs: Most pairs of timings per row; None: 10, or up to 100 of calls so quick that they
+            take no longer than `QUICK_MS`.
     """
 
     lengths: tuple[int, ...]
@@ -59,7 +64,7 @@ class BenchSetup:
     backward: bool = False
     decode: bool = False
     rows: int = 1
-    pairs: int = 10
+    pairs: int | None = None
 
     @property
     def timed(self) -> str:
@@ -215,7 +220,8 @@ class _OneCall:
         with torch.set_grad_enabled(setup.backward):
             self.exact: Callable[[], Any] = self._timed(lambda: sdpa(self.call))
             self.exact()
-            _, self.exact_bytes = _peak_bytes(self.exact, self.call.query.device)
+            self.exact_bytes = _peak_bytes(self.exact, self.call.query.device)
+            _, self.exact_ms = elapsed_ms(self.exact)
         with torch.no_grad():
             self.expected = sdpa(self.call)
 
@@ -225,8 +231,10 @@ class _OneCall:
             attend = decode_step(method, call) if setup.decode else lambda: method(call)
             result, first_ms = elapsed_ms(attend)
             timed = self._timed(lambda: attend().output)
-            _, method_bytes = _peak_bytes(timed, call.query.device)
-            times = paired_times_ms(self.exact, timed, pairs=setup.pairs, enough_ms=ENOUGH_MS)
+            method_bytes = _peak_bytes(timed, call.query.device)
+            _, warm_ms = elapsed_ms(timed)
+            pairs = setup.pairs or max(10, min(100, int(QUICK_MS / (self.exact_ms + warm_ms))))
+            times = paired_times_ms(self.exact, timed, pairs=pairs, enough_ms=ENOUGH_MS)
         with torch.no_grad():
             result = replace(result, output=result.output.detach())
             heads = heads_to_check(call, result)
@@ -310,12 +318,10 @@ def _candidates(setup: BenchSetup, call: AttentionCall | None) -> Iterator[tuple
         yield method.with_budget(budget), setting
 
 
-def _peak_bytes(function: Callable[[], object], device: torch.device) -> tuple[object, int]:
+def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """The larger of tensors alive and memory held: each misses something, see `measure`."""
-    (result, live), resident = with_resident_bytes(
-        lambda: with_peak_bytes(function, device), device
-    )
-    return result, max(live, resident or 0)
+    (_, live), resident = with_resident_bytes(lambda: with_peak_bytes(function, device), device)
+    return max(live, resident or 0)
 
 
 def _refusal(case: Case, reason: str | None) -> Refusal:

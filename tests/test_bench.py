@@ -21,6 +21,7 @@ from mra_cli.bench import BenchSetup, cases, computing_threads, run_bench, sdpa
 from mra_cli.bench_report import BenchReport
 from mra_cli.bench_summary import busy_notes
 from mra_cli.checkpoint import Checkpoint
+from mra_cli.decoding import decode_step
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
 from mra_cli.measure import PairedTimes, paired_times_ms, percentile, with_resident_bytes
@@ -30,7 +31,7 @@ from mra_cli.plots import _STYLES, draw
 from mra_cli.rounding import NO_NUMBERS, heads_to_check, rounding_bound
 from mra_cli.scaling import fitted_break_even, growth_exponent, measured_break_even
 from mra_cli.workload import PATTERNS, CapturedWorkload, RandomWorkload, decode_call
-from mra_kernels import PRESETS
+from mra_kernels import PRESETS, KeyPyramid, implementations
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 
@@ -276,7 +277,39 @@ def test_forward_and_backward(monkeypatch):
     monkeypatch.setattr(bench.torch.autograd, "grad", lambda *a: calls.append(1) or real(*a))
     (row,) = small(backward=True).rows
     assert row.impl == "reference" and row.status == "ok"
-    assert len(calls) == 2 + 1 + 2 * 2, "exact warmed up and weighed, method weighed, two pairs"
+    assert len(calls) == 3 + 2 + 2 * 2, (
+        "exact warmed up, weighed, timed; method weighed, timed; two pairs"
+    )
+
+
+def test_quick_calls_are_timed_more_often(monkeypatch):
+    workload = RandomWorkload(("NS",), 1, 1, 8)
+    setup = BenchSetup((64,), (METHODS["mra2"],))
+    assert 10 < run_bench(workload, setup).rows[0].pairs <= 100
+    monkeypatch.setattr("mra_cli.bench.QUICK_MS", 0.0)
+    assert run_bench(workload, setup).rows[0].pairs == 10
+    assert run_bench(workload, replace(setup, pairs=1)).rows[0].pairs == 1
+
+
+def test_decoding_keeps_the_means_of_older_blocks(monkeypatch):
+    """Each step takes in the newest rows alone, and says what the plain call says."""
+    taken = []
+    real = KeyPyramid.extend
+
+    def extend(self, key, value, valid=None):
+        taken.append(key.shape[2] - self.length)
+        real(self, key, value, valid)
+
+    monkeypatch.setattr(KeyPyramid, "extend", extend)
+    call = decode_call(RandomWorkload(("CS",), 4, 2, 16).call("CS", 300), 2)
+    method = make_method("mra", 0.5, {"diagonal_blocks": "1"})
+    step = decode_step(method, call)
+    outputs = [step().output for _ in range(3)]
+    if implementations()["native"] is not None:
+        pytest.skip("no compiler")
+    assert taken == [300, 2, 2]
+    for output in outputs:
+        torch.testing.assert_close(output, method(call).output)
 
 
 def test_decoding():
@@ -284,6 +317,7 @@ def test_decoding():
     assert [(row.n_queries, row.n_keys) for row in found.rows] == [(2, 128), (2, 128)]
     assert found.timed == "decode"
     assert "linear for exact attention" in found.trends[0].fitted.note
+    assert any("decodes exactly where" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -52,7 +52,10 @@ BenchDtypeOption = Annotated[
 ]
 ThreadsOption = Annotated[int | None, _count("--threads", "as many as torch takes")]
 PairsOption = Annotated[
-    int | None, _count("--pairs", "10; 3 of a MODEL", text="Timings per row, at most.")
+    int | None,
+    _count(
+        "--pairs", "10, or up to 100 of quick calls; 3 of a MODEL", text="Timings per row, at most."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the inputs.")]
 PatternOption = Annotated[

@@ -148,7 +148,7 @@ def bench(
             backward=backward,
             decode=decode,
             rows=rows or 1,
-            pairs=pairs or 10,
+            pairs=pairs,
         )
         plan, run = partial(bench_plan, calls, setup), partial(run_bench, calls, setup)
     if dry_run:
