@@ -82,12 +82,7 @@ class Mra:
         part, of = call.first_heads(heads), call.query.shape[1]
         fine = _of_first_heads(plan.fine, of, heads)
         coarse = tuple(_of_first_heads(pairs, of, heads) for pairs in plan.coarse)
-        plan = Selection(
-            plan.density[:, :heads],
-            plan.forced[:, :heads],
-            plan.dot_products,
-            lambda: (fine, coarse),
-        )
+        plan = dataclasses.replace(plan, pairs=lambda: (fine, coarse))
         return self._attend(_double(part), "reference", plan).output
 
     def __call__(self, call: AttentionCall) -> AttentionResult:
