@@ -43,6 +43,11 @@ class CachedBlocks:
         self._seen = tuple((weakref.ref(x), _version(x)) for x in tensors)
         self._length = length
 
+    def crop(self, length: int) -> None:
+        """Forget the blocks of tokens from ``length`` on."""
+        for pyramid, _ in self._kept.values():
+            pyramid.length = min(pyramid.length, length)
+
     def pyramid(
         self, sides: tuple[int, ...], key: Tensor, value: Tensor, valid: Tensor | None
     ) -> KeyPyramid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,27 @@ class AttentionCall:
         seen = (self.mask.legal_per_row() > 0).expand(shape)
         return seen if self.mask.query_valid is None else seen & self.mask.query_valid
 
+    @property
+    def legal_entries(self) -> int:
+        """Score entries the mask allows, over the whole batch and all heads."""
+        batch, heads = self.query.shape[:2]
+        if self.mask is None:
+            return batch * heads * self.n_queries * self.n_keys
+        return heads * int(self.mask.legal_per_row().expand(batch, -1).sum())
+
+    def first_heads(self, heads: int) -> AttentionCall:
+        """The call of the first ``heads`` query heads alone, a multiple of those per key head."""
+        kv_heads = heads * self.key.shape[1] // self.query.shape[1]
+        bias = self.bias
+        return replace(
+            self,
+            query=self.query[:, :heads],
+            key=self.key[:, :kv_heads],
+            value=self.value[:, :kv_heads],
+            sinks=None if self.sinks is None else self.sinks[:heads],
+            bias=bias if bias is None or bias.shape[1] == 1 else bias[:, :heads],
+        )
+
     def exact(self) -> Tensor:
         """Exact attention ``[B, H, N, Dv]``."""
         return exact_attention(
@@ -140,9 +161,13 @@ class AttentionResult:
         density: Fraction of the legal score entries computed exactly, ``[B, H]``.
         forced: The part of the density that the budget had no say in, ``[B, H]``.
         lse: Log-sum-exp of the exactly computed logits, ``[B, H, N]``.
+        impl: The implementation that ran.
+        plan: What was chosen, for `Method.multiply_adds` and `Method.in_float64`.
     """
 
     output: Tensor
     density: Tensor
     forced: Tensor
     lse: Tensor
+    impl: str
+    plan: Any

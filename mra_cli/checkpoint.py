@@ -79,9 +79,9 @@ def load_checkpoint(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if path is None and not _hub_answers():
         options["local_files_only"] = True  # the cache, without half a minute of retries
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    _check_device(device)
+    if dtype is not None:
+        read_dtype(dtype)
+    check_device(device)
     where: str = name if path is None else str(path)
     if path is not None and path.suffix == ".gguf":
         options |= _gguf_options(path)
@@ -111,7 +111,23 @@ def load_checkpoint(
     return Checkpoint(name, model, tokenizer, path, digest)
 
 
-def _check_device(device: str) -> None:
+def read_dtype(name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        CheckpointError: Not a key of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this torch can't compute on.
+
+    Raises:
+        CheckpointError: It can't.
+    """
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # torch raises half a dozen types here

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -51,22 +54,71 @@ def captured_mass(lse: Tensor, exact_lse: Tensor, valid_rows: Tensor) -> Tensor:
     return share.sum(-1) / keep.sum(-1).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class PairedTimes:
+    """Milliseconds of two functions that took turns: A B A B.
+
+    Attributes:
+        first_ms, second_ms: One number per pair, in the order they were taken.
+    """
+
+    first_ms: tuple[float, ...]
+    second_ms: tuple[float, ...]
+
+    @property
+    def speedup(self) -> float:
+        """Median over pairs of the first's time by the second's: drift of the machine cancels."""
+        return statistics.median(a / b for a, b in zip(self.first_ms, self.second_ms, strict=True))
+
+
+def paired_times_ms(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    pairs: int = _PAIRS,
+    enough_ms: float = _ENOUGH_MS,
+) -> PairedTimes:
+    """Time two functions in turn, so that drift of the machine hits both.
+
+    Args:
+        first, second: Both must have run once before.
+        pairs: Most pairs to take.
+        enough_ms: No further pair once they took this long together; one is always taken.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    while len(times[0]) < pairs and sum(map(sum, times)) < enough_ms:
+        for function, out in zip((first, second), times, strict=True):
+            out.append(elapsed_ms(function)[1])
+    return PairedTimes(tuple(times[0]), tuple(times[1]))
+
+
 def paired_latency_ms(
     first: Callable[[], object], second: Callable[[], object]
 ) -> tuple[float, float]:
-    """Median milliseconds of two functions, run in turn so that drift of the machine hits both.
+    """Median milliseconds of two functions: three pairs, or fewer if they take over half a second.
 
-    Three pairs, or fewer if they take over half a second. Both must have run once before.
+    Both must have run once before.
     """
-    times: tuple[list[float], list[float]] = ([], [])
-    while len(times[0]) < _PAIRS and sum(map(sum, times)) < _ENOUGH_MS:
-        for function, out in zip((first, second), times, strict=True):
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
-            out.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[0]), statistics.median(times[1])
+    times = paired_times_ms(first, second)
+    return statistics.median(times.first_ms), statistics.median(times.second_ms)
+
+
+def elapsed_ms(function: Callable[[], T]) -> tuple[T, float]:
+    """What ``function`` returns, and the milliseconds it took."""
+    _synchronize()
+    start = time.perf_counter()
+    result = function()
+    _synchronize()
+    return result, (time.perf_counter() - start) * 1e3
+
+
+def percentile(values: tuple[float, ...], share: float) -> float:
+    """The value that ``share`` of ``values`` don't exceed, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def with_peak_bytes(function: Callable[[], T], device: torch.device) -> tuple[T, int]:
@@ -84,6 +136,25 @@ def with_peak_bytes(function: Callable[[], T], device: torch.device) -> tuple[T,
     with _LiveBytes() as live:
         result = function()
     return result, live.peak
+
+
+def with_resident_bytes(function: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """What ``function`` returns, and by how much memory really held grew at its highest.
+
+    On Linux this sees what `with_peak_bytes` can't: scratch space inside one operation or a
+    compiled kernel. It misses memory that the process held already and used again, so the truth
+    is the larger of the two. None: the system does not tell.
+    """
+    if device.type != "cpu":
+        return with_peak_bytes(function, device)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # hand back what is free, or it would be used unseen
+        Path("/proc/self/clear_refs").write_text("5")  # peak := now
+        before = _status_bytes("VmRSS")
+    except (OSError, AttributeError, LookupError):
+        return function(), None
+    result = function()
+    return result, max(0, _status_bytes("VmHWM") - before)
 
 
 def peak_process_bytes() -> int:
@@ -119,6 +190,12 @@ class _LiveBytes(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.current -= size
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(field + ":")]
+    return int(line.split()[1]) * 1024
 
 
 def _tensors(tree: Any) -> list[Tensor]:

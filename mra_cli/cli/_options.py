@@ -68,8 +68,8 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
-def check_writable(target: str | None) -> None:
-    """Fail before the work, not after it, if ``target`` can't be written."""
+def check_writable(target: str | None, option: str = "--json") -> None:
+    """Fail before the work, not after it, if ``target`` of ``option`` can't be written."""
     if target is None or target == "-":
         return
     path = Path(target).resolve()  # through a link, or the trial below would remove the link
@@ -81,5 +81,5 @@ def check_writable(target: str | None) -> None:
             path.unlink()
     except OSError as error:
         raise typer.BadParameter(
-            f"can't write {target}: {error.strerror}", param_hint="--json"
+            f"can't write {target}: {error.strerror}", param_hint=option
         ) from None

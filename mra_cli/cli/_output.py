@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +27,8 @@ from mra_cli.errors import InputError
 
 if TYPE_CHECKING:
     from mra_cli.analyze import Progress as ProgressFunction
+    from mra_cli.bench_report import BenchReport
+    from mra_cli.environment import Environment
     from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
     from mra_cli.sites import Site
 
@@ -136,17 +138,63 @@ class Output:
         )
         self._write(report.to_json())
 
+    def bench(self, report: BenchReport, *, csv: str | None, plot: str | None) -> None:
+        """The tables and remarks of `bench`; CSV and drawing go to files."""
+        from mra_cli.cli import _bench_tables as tables
+
+        for line, style in tables.heading(report):
+            self._out.print(escape(line), style=style)
+        for table in tables.tables(report):
+            self._out.print(table)
+        for note in report.notes:
+            self._out.print(escape(note), style="dim")
+        if report.failed:
+            self._out.print(tables.failures(report), style="bold red")
+        self._out.print(f"Took {report.seconds:.1f} s.", style="dim")
+        if csv is not None:
+            self._save(csv, report.to_csv() + "\n")
+        if plot is not None:
+            from mra_cli.plots import draw
+
+            self._save(plot, draw(report, Path(plot).suffix.removeprefix(".").lower()))
+        self._write(report.to_json())
+
+    def bench_plan(self, plan: dict[str, Any]) -> None:
+        """What `bench` would run, and what it refuses."""
+        from mra_cli.cli import _bench_tables as tables
+
+        self._out.print(escape(plan["subject"]), style="bold")
+        self._out.print(tables.plan(plan["runs"]))
+        self._write(json.dumps(plan, indent=2))
+
+    def environment(self, environment: Environment) -> None:
+        """A block of text to paste: plain, for it goes into plain places."""
+        lines = environment.lines()
+        width = max(len(label) for label, _ in lines)
+        for label, value in lines:
+            self._out.print(
+                f"{label:{width}}  {value}", markup=False, highlight=False, soft_wrap=True
+            )
+        self._write(json.dumps(environment.to_dict(), indent=2))
+
     def _write(self, text: str) -> None:
         if self._target is None:
             return
         if self._target == "-":
             sys.stdout.write(text + "\n")
             return
-        path = Path(self._target).resolve()
+        self._save(self._target, text + "\n")
+
+    def _save(self, target: str, content: str | bytes) -> None:
+        """All of it or nothing; through links, and into pipes and devices."""
+        path = Path(target).resolve()
         whole = path.is_file() or not path.exists()  # not a pipe or a device
         part = path.with_name(f".{path.name}.{os.getpid()}.part") if whole else path
         try:
-            part.write_text(text + "\n", encoding="utf-8")
+            if isinstance(content, bytes):
+                part.write_bytes(content)
+            else:
+                part.write_text(content, encoding="utf-8")
             if whole:
                 part.replace(path)
         except OSError as error:

@@ -10,7 +10,9 @@ import typer
 
 from mra_cli import __version__
 from mra_cli.cli.analyze import analyze
+from mra_cli.cli.bench import bench
 from mra_cli.cli.check import check
+from mra_cli.cli.env import env
 from mra_cli.errors import MraError
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(analyze)
+app.command()(bench)
+app.command()(env)
 
 
 def _version(wanted: bool) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, get_args
+
+from torch import Tensor
 
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
 from mra_cli.methods.mra import Mra
-from mra_kernels import PRESETS
+from mra_kernels import PRESETS, implementations, native
+from mra_kernels.api import Impl
 
 
 class Method(Protocol):
@@ -28,6 +31,14 @@ class Method(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """Everything needed to make this method again with `make_method`, JSON types only."""
+
+    def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
+        """Multiply-adds this took in matrix products: scores (pooled ones, too) and weighting of
+        values; exact attention takes ``legal_entries * (D + Dv)``."""
+
+    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
+        """The first ``heads`` heads of ``result.output``, by plain torch in float64 from the same
+        plan: what the result should be but for rounding."""
 
     def __call__(self, call: AttentionCall) -> AttentionResult: ...
 
@@ -69,6 +80,50 @@ def make_method(name: str, budget: float, options: dict[str, Any] | None = None)
         return dataclasses.replace(method, config=dataclasses.replace(method.config, **changes))
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def make_methods(names: str, budget: float, options: dict[str, Any], impl: str) -> list[Method]:
+    """Several methods: names separated by commas, or ``all``; otherwise as `make_method`.
+
+    Args:
+        impl: See `with_impl`.
+    """
+    wanted = METHODS if names == "all" else dict.fromkeys(n.strip() for n in names.split(","))
+    return [with_impl(make_method(name, budget, dict(options)), impl) for name in wanted]
+
+
+def with_impl(method: Method, impl: str) -> Method:
+    """The same method, computed by that implementation; ``auto``: the best one for each call.
+
+    Raises:
+        InputError: The method has no implementations to choose from, or not this one.
+    """
+    if impl == "auto":
+        return method
+    if not isinstance(method, Mra):
+        raise InputError(
+            f"--impl is for methods of the mra family, got {method.name}; leave it out"
+        )
+    if impl not in get_args(Impl):
+        known = ", ".join(get_args(Impl))
+        raise InputError(f"--impl must be one of {known}; got {impl!r}")
+    reason = implementations()[impl]
+    if reason is not None:
+        raise InputError(f"--impl {impl} can't be used here: {reason}")
+    return dataclasses.replace(method, impl=cast(Impl, impl))
+
+
+def reason_against_impl(
+    method: Method, call: AttentionCall, *, backward: bool = False
+) -> str | None:
+    """Why the implementation that was asked for can't compute a call; None if it can, or if none
+    was asked for."""
+    if not isinstance(method, Mra) or method.impl != "native":
+        return None
+    if backward:
+        return "native has no gradients"
+    tensors = call.query, call.key, call.value, call.sinks, call.bias
+    return native.reason_against(*tensors, mask=call.mask)
 
 
 def _parsed(key: str, text: str, default: Any) -> Any:

@@ -6,9 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
-from mra_kernels import MraAttentionConfig, mra_attention, native
+from mra_kernels import MraAttentionConfig, MraResult, mra_attention, native
+from mra_kernels.api import Impl
+from mra_kernels.selection import BlockPairs, Selection
 
 _LONG_CACHE = 2048
 """Keys from which on choosing blocks pays for a single query (README, 'Decoding')."""
@@ -21,10 +25,12 @@ class Mra:
     Attributes:
         name: Name of the preset the setting started from.
         config: The operator.
+        impl: Which implementation of it runs, see `mra_kernels.mra_attention`.
     """
 
     name: str
     config: MraAttentionConfig
+    impl: Impl = "auto"
 
     @property
     def budget(self) -> float:
@@ -65,7 +71,28 @@ class Mra:
             **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
         }
 
+    def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
+        """A dot product and a weighted value per score evaluated, pooled or exact. A few per cent
+        too many: pooled scores of blocks that are opened weigh no value."""
+        return int(result.plan.dot_products) * (call.query.shape[-1] + call.value.shape[-1])
+
+    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
+        """The specification in float64, on the blocks that were chosen."""
+        plan: Selection = result.plan
+        part, of = call.first_heads(heads), call.query.shape[1]
+        fine = _of_first_heads(plan.fine, of, heads)
+        coarse = tuple(_of_first_heads(pairs, of, heads) for pairs in plan.coarse)
+        plan = dataclasses.replace(plan, pairs=lambda: (fine, coarse))
+        return self._attend(_double(part), "reference", plan).output
+
     def __call__(self, call: AttentionCall) -> AttentionResult:
+        result = self._attend(call, self.impl, None)
+        plan = result.selection
+        return AttentionResult(
+            result.output, plan.density, plan.forced, result.lse, result.impl, plan
+        )
+
+    def _attend(self, call: AttentionCall, impl: Impl, plan: Selection | None) -> MraResult:
         config = self.config
         if call.grid is not None and _is_plain_image(call):
             config = dataclasses.replace(config, grid=call.grid)
@@ -74,8 +101,10 @@ class Mra:
             # In a prompt the mask cuts through each row's own block, which is exact for that.
             config = dataclasses.replace(config, diagonal_blocks=max(1, config.diagonal_blocks))
             valid = None if call.mask is None else call.mask.key_valid
-            pyramid = call.blocks.pyramid(config.resolutions[:-1], call.key, call.value, valid)
-        result = mra_attention(
+            if impl != "reference":
+                sides = config.resolutions[:-1]
+                pyramid = call.blocks.pyramid(sides, call.key, call.value, valid)
+        return mra_attention(
             call.query,
             call.key,
             call.value,
@@ -85,10 +114,24 @@ class Mra:
             softcap=call.softcap,
             sinks=call.sinks,
             bias=call.bias,
+            impl=impl,
+            selection=plan,
             pyramid=pyramid,
         )
-        selection = result.selection
-        return AttentionResult(result.output, selection.density, selection.forced, result.lse)
+
+
+def _of_first_heads(pairs: BlockPairs, heads: int, first: int) -> BlockPairs:
+    """The pairs of the first heads of each batch entry, renumbered as if there were no others."""
+    kept = pairs.take(pairs.head % heads < first)
+    return dataclasses.replace(kept, head=kept.head // heads * first + kept.head % heads)
+
+
+def _double(call: AttentionCall) -> AttentionCall:
+    names = ("query", "key", "value", "sinks", "bias")
+    wide = {name: getattr(call, name) for name in names}
+    return dataclasses.replace(
+        call, **{name: x.double() for name, x in wide.items() if x is not None}
+    )
 
 
 def _is_plain_image(call: AttentionCall) -> bool:
