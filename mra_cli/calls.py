@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -152,22 +152,40 @@ class AttentionCall:
         return exact_with_lse(self.query, self.key, self.value, mask=self.mask, rule=rule)[1]
 
 
+class CallPlan(Protocol):
+    """What a method chose to compute exactly in one call; worked out when asked."""
+
+    @property
+    def density(self) -> Tensor:
+        """Fraction of the legal score entries computed exactly, ``[B, H]``."""
+
+    @property
+    def forced(self) -> Tensor:
+        """The part of the density that the budget had no say in, ``[B, H]``."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionResult:
     """What a method made of a call.
 
     Attributes:
         output: ``[B, H, N, Dv]``.
-        density: Fraction of the legal score entries computed exactly, ``[B, H]``.
-        forced: The part of the density that the budget had no say in, ``[B, H]``.
         lse: Log-sum-exp of the exactly computed logits, ``[B, H, N]``.
         impl: The implementation that ran.
-        plan: What was chosen, for `Method.multiply_adds` and `Method.in_float64`.
+        plan: What was chosen; the method itself may know more of it than a `CallPlan` says.
     """
 
     output: Tensor
-    density: Tensor
-    forced: Tensor
     lse: Tensor
     impl: str
-    plan: Any
+    plan: CallPlan
+
+    @property
+    def density(self) -> Tensor:
+        """Fraction of the legal score entries computed exactly, ``[B, H]``."""
+        return self.plan.density
+
+    @property
+    def forced(self) -> Tensor:
+        """The part of the density that the budget had no say in, ``[B, H]``."""
+        return self.plan.forced

@@ -16,19 +16,19 @@ import torch
 
 from architectures import ARCHITECTURES
 from mra_cli import methods
-from mra_cli.bench import BenchSetup, cases, computing_threads, run_bench, sdpa
-from mra_cli.bench_report import BenchReport
-from mra_cli.bench_summary import busy_notes
+from mra_cli.bench.decoding import decode_step
+from mra_cli.bench.plots import _STYLES, draw
+from mra_cli.bench.report import BenchReport
+from mra_cli.bench.rounding import NO_NUMBERS, heads_to_check, rounding_bound
+from mra_cli.bench.scaling import growth_exponent, measured_break_even
+from mra_cli.bench.single import BenchSetup, cases, computing_threads, run_bench, sdpa
+from mra_cli.bench.summary import busy_notes
+from mra_cli.bench.workload import PATTERNS, CapturedWorkload, RandomWorkload, decode_call
 from mra_cli.checkpoint import Checkpoint
-from mra_cli.decoding import decode_step
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
 from mra_cli.methods import METHODS, make_method
 from mra_cli.methods.mra import Mra
-from mra_cli.plots import _STYLES, draw
-from mra_cli.rounding import NO_NUMBERS, heads_to_check, rounding_bound
-from mra_cli.scaling import growth_exponent, measured_break_even
-from mra_cli.workload import PATTERNS, CapturedWorkload, RandomWorkload, decode_call
 from mra_kernels import PRESETS, KeyPyramid, implementations
 
 # --- calls -----------------------------------------------------------------------------------
@@ -179,11 +179,9 @@ def test_keys_per_row_mean_the_same_at_every_length():
 
 
 def test_forward_and_backward(monkeypatch):
-    from mra_cli import bench
-
     calls = []
     real = torch.autograd.grad
-    monkeypatch.setattr(bench.torch.autograd, "grad", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a: calls.append(1) or real(*a))
     (row,) = small(backward=True).rows
     assert row.impl == "reference" and row.status == "ok"
     assert len(calls) == 3 + 2 + 2 * 2, (
@@ -320,7 +318,7 @@ def test_running_out_of_memory_is_a_refusal(monkeypatch):
 
 
 def test_too_long_to_check_is_not_called_ok(monkeypatch):
-    monkeypatch.setattr("mra_cli.rounding.MOST_ENTRIES", 100)
+    monkeypatch.setattr("mra_cli.bench.rounding.MOST_ENTRIES", 100)
     found = small()
     assert found.rows[0].status == "not checked" and found.failed == []
     assert any("Not checked" in note and "128" in note for note in found.notes)
@@ -331,7 +329,7 @@ def test_heads_that_share_keys_are_checked_together(monkeypatch):
     result = METHODS["mra2"].with_budget(0.5)(call)
     per_head = 64 * 64 / 2
     for enough, expected in ((1, 3), (5 * per_head, 3), (6 * per_head, 6)):
-        monkeypatch.setattr("mra_cli.rounding.ENOUGH_ENTRIES", enough)
+        monkeypatch.setattr("mra_cli.bench.rounding.ENOUGH_ENTRIES", enough)
         assert heads_to_check(call, result) == expected
 
 
@@ -355,7 +353,7 @@ def test_drawings_do_without_colour():
 
 def test_a_break_even_is_circled(report):
     pytest.importorskip("matplotlib")
-    from mra_cli.bench_summary import trends
+    from mra_cli.bench.summary import trends
 
     def drawing(ratio):
         rows = [replace(row, speedup=ratio(row)) for row in report.rows if row.pattern == "NS"]
@@ -399,7 +397,7 @@ def test_the_command_writes_everything_it_is_asked_for(cli, tmp_path):
 
 
 def test_a_dry_run_times_nothing(cli, monkeypatch):
-    monkeypatch.setattr("mra_cli.bench.run_bench", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr("mra_cli.bench.single.run_bench", lambda *a, **k: pytest.fail("ran"))
     ran = cli(*["bench", "--dry-run", "--pattern", "NC,CS", "--seq-len", "16,64", "--json", "-"])
     assert ran.code == 0, ran
     runs = json.loads(ran.out)["runs"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from mra_cli.bench_model import ModelSetup, _run, decodes, run_model_bench, too_long
-from mra_cli.bench_report import BenchReport
+from mra_cli.bench.model import ModelSetup, _run, decodes, run_model_bench, too_long
+from mra_cli.bench.plots import draw
+from mra_cli.bench.report import BenchReport
 from mra_cli.checkpoint import Checkpoint, load_checkpoint
 from mra_cli.errors import InputError
 from mra_cli.methods import make_method, with_impl
-from mra_cli.plots import draw
 
 
 def build(name):
@@ -99,7 +99,7 @@ def test_lengths_that_do_not_fit_are_known_before(saved):
 def test_an_implementation_that_cannot_serve_is_refused():
     model = build("llama-gqa").double()
     checkpoint = Checkpoint("tiny", model, None, None, "none")
-    from mra_cli.bench_model import sites_to_patch
+    from mra_cli.bench.model import sites_to_patch
 
     method = with_impl(make_method("mra", 0.5), "reference")
     assert len(sites_to_patch(checkpoint, ModelSetup((64,), (method,)))) == 2

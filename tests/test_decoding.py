@@ -37,7 +37,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def short_caches_count(monkeypatch):
-    monkeypatch.setattr(mra, "_LONG_CACHE", 64)
+    monkeypatch.setattr(mra, "_LONG_CACHE", 8)
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_too_long_for_the_model(bench, bert):
 
 @pytest.mark.parametrize("option", ["--json", "--csv", "--plot"])
 def test_files_that_cannot_be_written(bench, monkeypatch, tmp_path, option):
-    monkeypatch.setattr("mra_cli.bench.run_bench", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr("mra_cli.bench.single.run_bench", lambda *a, **k: pytest.fail("ran"))
     path = tmp_path / "missing" / "it.png"
     says = [option, "can't write", re.escape(str(path)), "no such file"]
     bench(option, path, code=2, says=says)
@@ -159,7 +159,7 @@ def test_drawing_without_matplotlib(bench, monkeypatch, tmp_path):
     real = importlib.util.find_spec
     without = lambda name, *rest: None if name == "matplotlib" else real(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    monkeypatch.setattr("mra_cli.bench.run_bench", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr("mra_cli.bench.single.run_bench", lambda *a, **k: pytest.fail("ran"))
     says = ["--plot needs .*matplotlib", r"pip install 'mra-cli\[plot\]'"]
     bench("--plot", tmp_path / "it.png", says=says)
     assert list(tmp_path.glob("*.png")) == []

@@ -275,8 +275,7 @@ def test_other_processors_and_every_access(flags, tmp_path):
         change["LD_PRELOAD"] = f"{_library('libasan.so')} {_library('libubsan.so')}"
         change["ASAN_OPTIONS"] = "detect_leaks=0"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-        + ["-k", "not machine", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-k", "not machine", "-m", "not slow", __file__],
         env={**os.environ, **change},
         capture_output=True,
         text=True,

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from mra_cli.bench.scaling import fitted_break_even, growth_exponent, measured_break_even
 from mra_cli.measure import PairedTimes, paired_times_ms, percentile, with_resident_bytes
-from mra_cli.scaling import fitted_break_even, growth_exponent, measured_break_even
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from mra_cli.bench_report import BenchReport, BenchRow, ModelRow
-from mra_cli.scaling import BreakEven
-from mra_cli.workload import PATTERNS
+from mra_cli.bench.report import BenchReport, BenchRow, ModelRow
+from mra_cli.bench.scaling import BreakEven
+from mra_cli.bench.workload import PATTERNS
 
 _TIMED = {
     "forward": "forward pass",

@@ -27,7 +27,7 @@ from mra_cli.errors import InputError
 
 if TYPE_CHECKING:
     from mra_cli.analyze import Progress as ProgressFunction
-    from mra_cli.bench_report import BenchReport
+    from mra_cli.bench.report import BenchReport
     from mra_cli.environment import Environment
     from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
     from mra_cli.sites import Site
@@ -154,7 +154,7 @@ class Output:
         if csv is not None:
             self._save(csv, report.to_csv() + "\n")
         if plot is not None:
-            from mra_cli.plots import draw
+            from mra_cli.bench.plots import draw
 
             self._save(plot, draw(report, Path(plot).suffix.removeprefix(".").lower()))
         self._write(report.to_json())

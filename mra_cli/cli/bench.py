@@ -19,7 +19,7 @@ from mra_cli.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from mra_cli.bench_report import BenchReport
+    from mra_cli.bench.report import BenchReport
     from mra_cli.checkpoint import Checkpoint
 
 
@@ -83,10 +83,10 @@ def bench(
     lengths = options.parse_lengths(seq_len) if seq_len is not None else None
     options.check_outputs(json, csv, plot)
 
+    from mra_cli.bench.plots import check_can_draw
     from mra_cli.cli._output import Output
     from mra_cli.environment import compile_kernels
     from mra_cli.methods import make_methods
-    from mra_cli.plots import check_can_draw
 
     if plot is not None:
         check_can_draw()
@@ -107,7 +107,7 @@ def bench(
 
     run: Callable[..., BenchReport]
     if model is not None:
-        from mra_cli.bench_model import ModelSetup, model_plan, run_model_bench
+        from mra_cli.bench.model import ModelSetup, model_plan, run_model_bench
 
         checkpoint = load(model)
         whole = ModelSetup(
@@ -123,8 +123,8 @@ def bench(
             partial(run_model_bench, checkpoint, whole),
         )
     else:
-        from mra_cli.bench import BenchSetup, bench_plan, run_bench
-        from mra_cli.workload import CapturedWorkload, RandomWorkload, Workload
+        from mra_cli.bench.single import BenchSetup, bench_plan, run_bench
+        from mra_cli.bench.workload import CapturedWorkload, RandomWorkload, Workload
 
         calls: Workload
         if inputs == "random":

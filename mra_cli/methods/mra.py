@@ -14,8 +14,10 @@ from mra_kernels import MraAttentionConfig, MraResult, mra_attention, native
 from mra_kernels.api import Impl
 from mra_kernels.selection import BlockPairs, Selection
 
-_LONG_CACHE = 2048
-"""Keys from which on choosing blocks pays for a single query (README, 'Decoding')."""
+_LONG_CACHE = 1 << 22
+"""Numbers in a KV cache from which on choosing blocks pays for a new token, with two levels: about
+4096 keys of 8 heads of 64, or 11 000 of 3 (`mra-cli bench --decode`). Smaller final blocks, of
+three levels, are read in smaller pieces, which pays for eight times as many."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,13 @@ class Mra:
     def _reason_against_decoding(self, call: AttentionCall, least: int) -> str | None:
         if call.blocks is None:
             return f"{call.n_queries} queries are less than two blocks ({least})"
-        if call.n_keys < _LONG_CACHE:
-            return f"{call.n_keys} cached keys are read faster than chosen from ({_LONG_CACHE})"
+        least_cached = _LONG_CACHE * (1 if len(self.config.resolutions) == 2 else 8)
+        cached = call.key.numel() + call.value.numel()
+        if cached < least_cached:
+            return (
+                f"a cache of {cached / 1e6:.1f} million numbers is read faster than chosen from "
+                f"(it pays from {least_cached / 1e6:.0f} million on)"
+            )
         return native.reason_against(call.query, call.key, call.sinks, call.bias, mask=call.mask)
 
     def settings(self) -> dict[str, Any]:
@@ -74,11 +81,14 @@ class Mra:
     def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
         """A dot product and a weighted value per score evaluated, pooled or exact. A few per cent
         too many: pooled scores of blocks that are opened weigh no value."""
-        return int(result.plan.dot_products) * (call.query.shape[-1] + call.value.shape[-1])
+        plan = result.plan
+        assert isinstance(plan, Selection)
+        return plan.dot_products * (call.query.shape[-1] + call.value.shape[-1])
 
     def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
         """The specification in float64, on the blocks that were chosen."""
-        plan: Selection = result.plan
+        plan = result.plan
+        assert isinstance(plan, Selection)
         part, of = call.first_heads(heads), call.query.shape[1]
         fine = _of_first_heads(plan.fine, of, heads)
         coarse = tuple(_of_first_heads(pairs, of, heads) for pairs in plan.coarse)
@@ -87,10 +97,7 @@ class Mra:
 
     def __call__(self, call: AttentionCall) -> AttentionResult:
         result = self._attend(call, self.impl, None)
-        plan = result.selection
-        return AttentionResult(
-            result.output, plan.density, plan.forced, result.lse, result.impl, plan
-        )
+        return AttentionResult(result.output, result.lse, result.impl, result.selection)
 
     def _attend(self, call: AttentionCall, impl: Impl, plan: Selection | None) -> MraResult:
         config = self.config

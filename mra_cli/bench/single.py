@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mra_cli.bench_report import BenchReport, BenchRow, Refusal, command_line, timestamp
-from mra_cli.bench_summary import busy_notes, call_notes, left_exact, trends
+from mra_cli.bench.decoding import decode_step
+from mra_cli.bench.report import BenchReport, BenchRow, Refusal, command_line, timestamp
+from mra_cli.bench.rounding import as_number, distance_from_float64, heads_to_check, rounding_bound
+from mra_cli.bench.summary import busy_notes, call_notes, left_exact, trends
+from mra_cli.bench.workload import Workload, decode_call, refused_pattern
 from mra_cli.calls import AttentionCall, AttentionResult
-from mra_cli.decoding import decode_step
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
 from mra_cli.measure import (
@@ -28,8 +30,6 @@ from mra_cli.measure import (
     with_resident_bytes,
 )
 from mra_cli.methods import Method, reason_against_impl
-from mra_cli.rounding import as_number, distance_from_float64, heads_to_check, rounding_bound
-from mra_cli.workload import Workload, decode_call, refused_pattern
 
 Progress = Callable[[str, int, int], None]
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mra_cli.analyze import choose_sites
-from mra_cli.bench import Progress, computing_threads
-from mra_cli.bench_report import BenchReport, ModelRow, Refusal, command_line, timestamp
-from mra_cli.bench_summary import busy_notes, left_exact, trends
+from mra_cli.bench.report import BenchReport, ModelRow, Refusal, command_line, timestamp
+from mra_cli.bench.single import Progress, computing_threads
+from mra_cli.bench.summary import busy_notes, left_exact, trends
+from mra_cli.bench.workload import decode_call, outline
 from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.environment import Environment
@@ -29,7 +30,6 @@ from mra_cli.methods import Method, reason_against_impl
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
 from mra_cli.sites import Site, find_sites
-from mra_cli.workload import decode_call, outline
 
 ENOUGH_MS = 120_000.0
 """No further pair of runs once a row's took this long together."""

@@ -6,7 +6,7 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING, Any
 
-from mra_cli.bench_report import BenchReport, BenchRow, ModelRow, Trend
+from mra_cli.bench.report import BenchReport, BenchRow, ModelRow, Trend
 from mra_cli.errors import InputError
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mra_cli.bench_report import BenchRow, ModelRow, Trend
+from mra_cli.bench.decoding import as_decoded
+from mra_cli.bench.report import BenchRow, ModelRow, Trend
+from mra_cli.bench.scaling import BreakEven, fitted_break_even, growth_exponent, measured_break_even
 from mra_cli.calls import AttentionCall
-from mra_cli.decoding import as_decoded
 from mra_cli.environment import Environment
 from mra_cli.methods import Method
-from mra_cli.scaling import BreakEven, fitted_break_even, growth_exponent, measured_break_even
 
 
 def trends(rows: Sequence[BenchRow] | Sequence[ModelRow], timed: str) -> tuple[Trend, ...]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from mra_cli.bench.scaling import BreakEven
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
-from mra_cli.scaling import BreakEven
 
 SCHEMA = 1
 
@@ -42,7 +42,7 @@ class BenchRow:
         rounding: Worst relative distance, over the heads checked, from the same plan computed in
             float64; None: not checked.
         rounding_bound: What rounding can explain.
-        heads_checked: How many heads were, see `mra_cli.rounding`.
+        heads_checked: How many heads were, see `mra_cli.bench.rounding`.
         lookahead: For causal patterns, at the shortest length: by how much the first half of the
             output moves when only the second half of the input changes, relative; exact
             attention: 0. None: not measured.
@@ -161,7 +161,7 @@ class Trend:
         method, setting: As in a row's ``series``.
         exact_exponent, method_exponent: Growth of the median latency with length; None: too few
             lengths.
-        fitted, measured: Break-even length, see `mra_cli.scaling`.
+        fitted, measured: Break-even length, see `mra_cli.bench.scaling`.
     """
 
     pattern: str

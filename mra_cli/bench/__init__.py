@@ -1,0 +1,1 @@
+"""Timing attention and models, exact against approximated: `mra-cli bench`."""
