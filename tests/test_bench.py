@@ -193,7 +193,7 @@ def test_quick_calls_are_timed_more_often(monkeypatch):
     workload = RandomWorkload(("NS",), 1, 1, 8)
     setup = BenchSetup((64,), (METHODS["mra2"],))
     assert 10 < run_bench(workload, setup).rows[0].pairs <= 100
-    monkeypatch.setattr("mra_cli.bench.QUICK_MS", 0.0)
+    monkeypatch.setattr("mra_cli.bench.single.QUICK_MS", 0.0)
     assert run_bench(workload, setup).rows[0].pairs == 10
     assert run_bench(workload, replace(setup, pairs=1)).rows[0].pairs == 1
 
