@@ -77,6 +77,22 @@ class Output:
                 task, description=stage, completed=done, total=total
             )
 
+    def compiled(self) -> float | None:
+        """Compiles what is compiled once per machine, and says so if it can't be.
+
+        Returns:
+            Seconds it took, 0.0 if it was done before; None: plain torch will run.
+        """
+        from mra_cli.environment import compile_kernels
+        from mra_kernels import implementations
+
+        with self.working("compiling kernels, once on this machine"):
+            seconds = compile_kernels()
+        if seconds is None:
+            reason = implementations()["native"]
+            self._talk.print(escape(f"Slow, in plain torch: {reason}."), style="yellow")
+        return seconds
+
     def sites(self, model: str, model_class: str, sites: list[Site]) -> None:
         """The table of `check`."""
         table = Table(title=escape(f"Attention sites of {model} ({model_class})"))

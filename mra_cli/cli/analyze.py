@@ -83,6 +83,7 @@ def analyze(
         count=samples,
         seed=seed,
     )
+    out.compiled()
     with out.progress() as progress:
         report = run(
             checkpoint, windows, operator, budgets, layers=layers, seed=seed, progress=progress

@@ -85,7 +85,6 @@ def bench(
 
     from mra_cli.bench.plots import check_can_draw
     from mra_cli.cli._output import Output
-    from mra_cli.environment import compile_kernels
     from mra_cli.methods import make_methods
 
     if plot is not None:
@@ -154,8 +153,7 @@ def bench(
     if dry_run:
         out.bench_plan(plan())
         return
-    with out.working("compiling, once"):
-        compile_s = compile_kernels()
+    compile_s = out.compiled()
     with out.progress() as progress:
         report = run(threads=threads, compile_s=compile_s, progress=progress)
     out.bench(report, csv=csv, plot=plot)
