@@ -147,10 +147,15 @@ def mra_native(
             dots += int(kept.sum())
         return exact.view(batch_size, heads) / total, forced.view(batch_size, heads) / total, dots
 
-    def pairs() -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
+    def pairs(first: int | None) -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
         def listed(step: int, bits: Tensor) -> BlockPairs:
             side = sides[step]
-            return _listed(bits, pooled_q[side], pooled_k[side], side, mask, rule)
+            queries, keys = pooled_q[side], pooled_k[side]
+            if first is not None:  # heads that share keys, together
+                bits = bits.unflatten(0, (batch_size, heads))[:, :first].flatten(0, 1)
+                queries = queries[:, :first]
+                keys = keys[:, : max(1, first * keys.shape[1] // heads)]
+            return _listed(bits, queries, keys, side, mask, rule)
 
         coarse = () if config.coarse == "none" else map(listed, range(len(sides)), left)
         return listed(len(sides) - 1, opened[-1]), tuple(coarse)
@@ -162,8 +167,8 @@ def _listed(
     bits: Tensor, queries: Tensor, keys: Tensor, side: int, mask: AttentionMask, rule: ScoreRule
 ) -> BlockPairs:
     """The pairs whose bit is set."""
-    each = torch.arange(64, device=bits.device)
-    chosen = (bits[..., None] >> each & 1).bool().flatten(2)
+    each = torch.arange(8, dtype=torch.uint8)
+    chosen = (bits.contiguous().view(torch.uint8)[..., None] >> each & 1).bool().flatten(2)
     head, row, col = chosen.nonzero(as_tuple=True)
     legal = mask.tile_counts(head // queries.shape[1], row, col, side)
     pairs = BlockPairs(side, head, row, col, legal, queries.new_empty(0))

@@ -22,6 +22,10 @@ _FIRST = 1e6
 """Added to the score of favoured pairs, in float64: more than any logit, and harmless to ties."""
 
 
+_PAIRS_AT_ONCE = 1 << 18
+"""Pairs whose pooled vectors are gathered at a time: a few hundred MB."""
+
+
 @dataclass(frozen=True, eq=False)
 class BlockPairs:
     """Pairs of a query block and a key block, sorted by head, then row, then column.
@@ -49,6 +53,12 @@ class BlockPairs:
         parts = (self.head, self.row, self.col, self.legal, self.logit)
         return BlockPairs(self.side, *(part[index] for part in parts))
 
+    def of_first_heads(self, first: int, heads: int) -> BlockPairs:
+        """The pairs of the ``first`` of ``heads`` heads of each batch entry, numbered as if there
+        were no others."""
+        kept = self.take(self.head % heads < first)
+        return replace(kept, head=kept.head // heads * first + kept.head % heads)
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -58,11 +68,11 @@ class Selection:
 
     Attributes:
         figures: Makes `density`, `forced` and `dot_products`.
-        pairs: Makes `fine` and `coarse`.
+        pairs: Makes `fine` and `coarse`, of so many first heads of each batch entry, or of all.
     """
 
     figures: Callable[[], tuple[Tensor, Tensor, int]]
-    pairs: Callable[[], tuple[BlockPairs, tuple[BlockPairs, ...]]]
+    pairs: Callable[[int | None], tuple[BlockPairs, tuple[BlockPairs, ...]]]
 
     @cached_property
     def _figures(self) -> tuple[Tensor, Tensor, int]:
@@ -70,7 +80,7 @@ class Selection:
 
     @cached_property
     def _pairs(self) -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
-        return self.pairs()
+        return self.pairs(None)
 
     @property
     def density(self) -> Tensor:
@@ -98,6 +108,10 @@ class Selection:
         """Pairs left at a pooled score, one group per resolution; empty for coarse="none"."""
         return self._pairs[1]
 
+    def first_heads(self, heads: int) -> Selection:
+        """The plan of the first heads of each batch entry alone; its figures stay those of all."""
+        return replace(self, pairs=lambda _: self.pairs(heads))
+
     def rescored(
         self,
         queries: dict[int, Tensor],
@@ -110,7 +124,7 @@ class Selection:
             [replace(p, logit=pair_logits(p, queries[p.side], keys[p.side], mask, rule)) for p in g]
             for g in ([self.fine], self.coarse)
         )
-        return replace(self, pairs=lambda: (fine[0], tuple(coarse)))
+        return replace(self, pairs=lambda _: (fine[0], tuple(coarse)))
 
 
 def select_blocks(
@@ -168,7 +182,14 @@ def select_blocks(
         dots += sum(len(level) * level.side for level in coarse)
     density = (exact / total.clamp(min=1)).view(batch_size, heads)
     forced_density = (forced_entries / total.clamp(min=1)).view(batch_size, heads)
-    return Selection(lambda: (density, forced_density, dots), lambda: (pairs, tuple(coarse)))
+
+    def listed(first: int | None) -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
+        if first is None:
+            return pairs, tuple(coarse)
+        groups = [group.of_first_heads(first, heads) for group in (pairs, *coarse)]
+        return groups[0], tuple(groups[1:])
+
+    return Selection(lambda: (density, forced_density, dots), listed)
 
 
 def pair_logits(
@@ -176,11 +197,15 @@ def pair_logits(
 ) -> Tensor:
     """Pooled score of each pair, ``[P]``, from the pooled tokens of its side."""
     heads, per_kv = queries.shape[1], queries.shape[1] // keys.shape[1]
-    q = take_blocks(queries.flatten(0, 1), pairs.head, pairs.row)
-    k = take_blocks(keys.flatten(0, 1), pairs.head // per_kv, pairs.col)
     bias = rule.block_bias(mask, pairs.side, per_query=False)
-    where = pairs.head // heads, pairs.head % heads, pairs.row, pairs.col
-    return rule.logits((q * k).sum(-1), gather_bias(bias, *where))
+    logits = []
+    for place in torch.arange(len(pairs), device=pairs.head.device).split(_PAIRS_AT_ONCE):
+        head, row, col = pairs.head[place], pairs.row[place], pairs.col[place]
+        q = take_blocks(queries.flatten(0, 1), head, row)
+        k = take_blocks(keys.flatten(0, 1), head // per_kv, col)
+        own = gather_bias(bias, head // heads, head % heads, row, col)
+        logits.append(rule.logits((q * k).sum(-1), own))
+    return torch.cat(logits)
 
 
 def _coarsest(

@@ -12,7 +12,7 @@ from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
 from mra_kernels import MraAttentionConfig, MraResult, mra_attention, native
 from mra_kernels.api import Impl
-from mra_kernels.selection import BlockPairs, Selection
+from mra_kernels.selection import Selection
 
 _LONG_CACHE = 1 << 22
 """Numbers in a KV cache from which on choosing blocks pays for a new token, with two levels: about
@@ -89,11 +89,8 @@ class Mra:
         """The specification in float64, on the blocks that were chosen."""
         plan = result.plan
         assert isinstance(plan, Selection)
-        part, of = call.first_heads(heads), call.query.shape[1]
-        fine = _of_first_heads(plan.fine, of, heads)
-        coarse = tuple(_of_first_heads(pairs, of, heads) for pairs in plan.coarse)
-        plan = dataclasses.replace(plan, pairs=lambda: (fine, coarse))
-        return self._attend(_double(part), "reference", plan).output
+        part = _double(call.first_heads(heads))
+        return self._attend(part, "reference", plan.first_heads(heads)).output
 
     def __call__(self, call: AttentionCall) -> AttentionResult:
         result = self._attend(call, self.impl, None)
@@ -125,12 +122,6 @@ class Mra:
             selection=plan,
             pyramid=pyramid,
         )
-
-
-def _of_first_heads(pairs: BlockPairs, heads: int, first: int) -> BlockPairs:
-    """The pairs of the first heads of each batch entry, renumbered as if there were no others."""
-    kept = pairs.take(pairs.head % heads < first)
-    return dataclasses.replace(kept, head=kept.head // heads * first + kept.head % heads)
 
 
 def _double(call: AttentionCall) -> AttentionCall:
