@@ -17,7 +17,7 @@ from mra_kernels.selection import Selection
 _LONG_CACHE = 1 << 22
 """Numbers in a KV cache from which on choosing blocks pays for a new token, with two levels: about
 4096 keys of 8 heads of 64, or 11 000 of 3 (`mra-cli bench --decode`). Smaller final blocks, of
-three levels, are read in smaller pieces, which pays for eight times as many."""
+three levels, are read in smaller pieces, which pays from twice as many on."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Mra:
     def _reason_against_decoding(self, call: AttentionCall, least: int) -> str | None:
         if call.blocks is None:
             return f"{call.n_queries} queries are less than two blocks ({least})"
-        least_cached = _LONG_CACHE * (1 if len(self.config.resolutions) == 2 else 8)
+        least_cached = _LONG_CACHE * (1 if len(self.config.resolutions) == 2 else 2)
         cached = call.key.numel() + call.value.numel()
         if cached < least_cached:
             return (

@@ -26,14 +26,21 @@ class Tile {
  public:
   Tile(int64_t width, int64_t value_width)
       : width_(width), value_width_(value_width),
-        memory_((width + value_width + BATCH) * LANES + 64 / sizeof(float)) {
+        memory_((width + value_width + BATCH) * LANES + width + value_width + 64 / sizeof(float)) {
     auto base = reinterpret_cast<uintptr_t>(memory_.data());
-    query = memory_.data() + ((64 - base % 64) % 64) / sizeof(float);
-    weighted_ = query + width * LANES;
+    query_ = memory_.data() + ((64 - base % 64) % 64) / sizeof(float);
+    weighted_ = query_ + width * LANES;
     logits_ = weighted_ + value_width * LANES;
+    single_ = logits_ + BATCH * LANES;
   }
 
-  float* query;
+  // The queries of a tile; one alone (decoding) is kept as a row, too.
+  void load(const float* rows, int64_t stride, int n, float scale) {
+    load_queries(rows, stride, n, width_, scale, query_);
+    alone_ = n == 1;
+    for (int64_t d = 0; alone_ && d < width_; ++d) single_[d] = rows[d] * scale;
+  }
+
   Batch batch;
   Lanes peak, mass;
 
@@ -80,8 +87,12 @@ class Tile {
       batch.position[batch.n] = batch.position[last];
       batch.whole = false;
     }
-    for (int j = 0; j < batch.n; j += WIDE)
-      dot_products(query, batch.key + j, width_, logits_ + j * LANES);
+    for (int j = 0; alone_ && j < batch.n; ++j) {
+      at(logits_ + j * LANES) = Lanes{};
+      logits_[j * LANES] = dot_product(single_, batch.key[j], width_);
+    }
+    for (int j = 0; !alone_ && j < batch.n; j += WIDE)
+      dot_products(query_, batch.key + j, width_, logits_ + j * LANES);
     if (softcap > 0) {
       const float cap = static_cast<float>(softcap);
       for (int i = 0; i < batch.n * LANES; ++i) logits_[i] = cap * std::tanh(logits_[i] / cap);
@@ -103,6 +114,18 @@ class Tile {
     }
     peak = top;
     mass = sum;
+    if (alone_)
+      weigh_alone(kept[0]);
+    else
+      weigh(kept);
+    batch.n = 0;
+    batch.whole = true;
+  }
+
+ private:
+  // Adds the batch's values to the sums of the lanes.
+  void weigh(const Lanes& kept) {
+    const int n = batch.n;
     int64_t d = 0;
     for (; d + WIDE <= value_width_; d += WIDE) {
       Lanes sums[WIDE];
@@ -122,14 +145,25 @@ class Tile {
       for (int j = 0; j < n; ++j) sums += at(logits_ + j * LANES) * batch.value[j][d];
       at(weighted_ + d * LANES) = sums;
     }
-    batch.n = 0;
-    batch.whole = true;
   }
 
- private:
+  // The same for one query: lanes along the features of the values.
+  void weigh_alone(float kept) {
+    float* row = single_ + width_;
+    std::fill(row, row + value_width_, 0.0f);
+    for (int j = 0; j < batch.n; ++j) {
+      const float weight = logits_[j * LANES];
+      const float* value = batch.value[j];
+      for (int64_t d = 0; d < value_width_; ++d) row[d] += weight * value[d];
+    }
+    for (int64_t d = 0; d < value_width_; ++d)
+      weighted_[d * LANES] = weighted_[d * LANES] * kept + row[d];
+  }
+
   int64_t width_, value_width_;
+  bool alone_ = false;
   std::vector<float> memory_;
-  float *weighted_, *logits_;
+  float *query_, *weighted_, *logits_, *single_;  // the last: a query and a sum of values
 };
 
 // Which rows of blocks the lanes of a tile belong to, and the bitmaps of those.
@@ -273,8 +307,7 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
         const int64_t first = t % groups * LANES;
         const int count = static_cast<int>(std::min<int64_t>(LANES, level.rows - first));
         tile.clear();
-        load_queries(row_of(level.query, b, h, first), level.query.row, count, call.width, scale,
-                     tile.query);
+        tile.load(row_of(level.query, b, h, first), level.query.row, count, scale);
         add_coarse(call, level, level.pair_bias, 1, tile, b, h, first, count);
         for (int i = 0; i < count; ++i)
           tile.part_of(i, level.parts + ((b * call.heads + h) * level.rows + first + i) * size);
@@ -287,8 +320,7 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
       const int64_t first = t % tiles * LANES;
       const int count = static_cast<int>(std::min<int64_t>(LANES, call.queries - first));
       tile.clear();
-      load_queries(row_of(call.query, b, h, first), call.query.row, count, call.width, scale,
-                   tile.query);
+      tile.load(row_of(call.query, b, h, first), call.query.row, count, scale);
       add_exact(call, levels[n_levels - 1], tile, b, h, first, count);
       for (int i = 0; i < count; ++i)
         call.lse[bh * call.queries + first + i] =

@@ -68,3 +68,14 @@ static inline void load_queries(const float* rows, int64_t stride, int n, int64_
   for (int i = 0; i < n; ++i)
     for (int64_t d = 0; d < width; ++d) query[d * LANES + i] = rows[i * stride + d] * scale;
 }
+
+// Dot product of one query and one key: lanes along the features.
+static inline float dot_product(const float* query, const float* key, int64_t width) {
+  Lanes sums = {};
+  int64_t d = 0;
+  for (; d + LANES <= width; d += LANES) sums += at(query + d) * at(key + d);
+  float sum = 0;
+  for (; d < width; ++d) sum += query[d] * key[d];
+  for (int i = 0; i < LANES; ++i) sum += sums[i];
+  return sum;
+}
