@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from mra_cli.errors import CheckpointError
 from mra_cli.files import DEMOS, check_directory, fingerprint, locate
-from mra_cli.host import with_default_implementation
+from mra_cli.host import forget_implementation
 from mra_cli.remote import CONFIG_KEY
 
 UNUSED = {"pooler", "masked_spec_embed"}
@@ -191,7 +191,8 @@ def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
         auto = next((n for n in remote if n.startswith("AutoModelFor")), "AutoModel")
         known = getattr(transformers, auto)
     if hasattr(config, CONFIG_KEY):  # a strict one asks for an implementation that is not there
-        options["config"] = with_default_implementation(config)
+        forget_implementation(config)
+        options["config"] = config
     model: PreTrainedModel
     model, info = known.from_pretrained(where, output_loading_info=True, **options)
     # transformers fills what is missing at random.

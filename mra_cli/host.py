@@ -73,22 +73,25 @@ def chosen_implementations(config: Any, name: str) -> dict[str, str] | None:
     return None if len(chosen) == len(choices) else chosen
 
 
-def with_default_implementation(config: Any) -> Any:
-    """The config, with attention left to transformers' own choice."""
-    config._attn_implementation = None
-    return config
+def forget_implementation(config: Any, name: str | None = None) -> None:
+    """Leave attention to transformers where the config asks for ``name``, or for anything."""
+    for part in _configs(config):
+        if name in (None, part._attn_implementation_internal):
+            part._attn_implementation_internal = None
 
 
 def derived(base: type[PreTrainedModel], namespace: dict[str, Any], module: str) -> Any:
-    """A class that is ``base`` in name, and for all that transformers asks of a class's source.
+    """A class that is ``base`` in name, and for all that transformers asks of a class's origin.
 
-    Re-saving writes the name to config.json, where other tools look it up; whether a class can
-    change implementations is read off the text of its module.
+    Re-saving writes the name to config.json, where other tools look it up. Weights of checkpoints
+    with old names are renamed, on loading and saving, for classes that are not custom code alone.
+    Whether a class can change implementations is read off the text of its module.
     """
     namespace |= {
         "__module__": module,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "is_custom_code": classmethod(lambda _: False),
         "_can_set_attn_implementation": classmethod(lambda _: base._can_set_attn_implementation()),
         "_can_set_experts_implementation": classmethod(
             lambda _: base._can_set_experts_implementation()
@@ -108,8 +111,9 @@ def auto_classes(config: Any) -> dict[str, str]:
             continue
         names = mapping._model_mapping.get(config.model_type, ())
         names = (names,) if isinstance(names, str) else names
-        classes = [getattr(transformers, name, None) for name in names]
-        fitting = [c.__name__ for c in classes if getattr(c, "config_class", None) is type(config)]
+        classes = {name: getattr(transformers, name, None) for name in names}
+        kind = type(config)
+        fitting = [n for n, c in classes.items() if getattr(c, "config_class", None) is kind]
         if fitting:
             own = [name for name in fitting if name in (config.architectures or ())]
             found[auto] = (own or fitting)[0]

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mra_cli.errors import InputError
-from mra_cli.host import chosen_implementations, derived, register
+from mra_cli.host import chosen_implementations, derived, forget_implementation, register
 from mra_cli.patching import answer, handled_by, install
 from mra_cli.plan import Plan
 
@@ -24,6 +24,11 @@ own runtime, and prefers an installed mra_cli of the same number."""
 
 CONFIG_KEY = "mra"
 """Where in config.json a plan lies: ``{"implementation": ..., "strict": ..., "plan": ...}``."""
+
+
+STRICT = "_needs_trust_remote_code"
+"""Appended to the implementation that the config.json of a strict checkpoint asks for. That name is
+never registered: loading fails, saying it, unless the plan's code runs and sees to it."""
 
 
 def model_class(base: type[PreTrainedModel], module: str) -> type[PreTrainedModel]:
@@ -42,8 +47,9 @@ def model_class(base: type[PreTrainedModel], module: str) -> type[PreTrainedMode
             base.__init__(self, config, *args, **kwargs)
             return
         name, plan = read_entry(entry)
+        forget_implementation(config, name + STRICT)
         chosen = chosen_implementations(config, name)
-        register(name, handled_by(answer))  # first: strict checkpoints ask for the name
+        register(name, handled_by(answer))
         base.__init__(self, config, *args, **kwargs)
         if chosen is None:
             return
@@ -74,7 +80,7 @@ def read_entry(entry: Any) -> tuple[str, Plan]:
         InputError: Not an entry.
     """
     name = entry.get("implementation") if isinstance(entry, dict) else None
-    if not isinstance(name, str) or not re.fullmatch(r"mra_[0-9a-z_]{8,64}", name):
+    if not isinstance(name, str) or not re.fullmatch("mra_[0-9a-f]{8}", name):
         raise InputError(
             f"config.json's '{CONFIG_KEY}' must hold 'implementation' and 'plan' as mra-cli patch "
             f"writes them, got {str(entry)[:80]!r}; patch the original checkpoint again"
@@ -83,7 +89,7 @@ def read_entry(entry: Any) -> tuple[str, Plan]:
 
 
 def write_strict(path: Path, implementation: str) -> None:
-    """Let a config.json ask for the implementation, so that loading fails where it is not known."""
+    """Make a checkpoint strict, by its config.json."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["attn_implementation"] = implementation
+    config["attn_implementation"] = implementation + STRICT
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ def implementation_name() -> str:
     Registrations are global to a process: runtimes of different text get different names.
     """
     digest = hashlib.sha256("".join(code_files().values()).encode()).hexdigest()
-    return f"mra_{digest[:8]}_needs_trust_remote_code"
+    return f"mra_{digest[:8]}"
 
 
 def _joined() -> str:

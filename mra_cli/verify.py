@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mra_cli.checkpoint import Checkpoint, load_checkpoint
-from mra_cli.errors import CheckpointError, InputError, MraError
+from mra_cli.errors import InputError
 from mra_cli.export import CARD_FILE, PLAN_FILE, read_manifest
 from mra_cli.figures import Figures, measure
+from mra_cli.fresh import Run, answers
 from mra_cli.inputs import DEFAULT_TEXT_NAME, Samples, make_samples, read_text
 from mra_cli.loading import load, plan_of
 from mra_cli.patching import patched
@@ -32,8 +28,6 @@ from mra_cli.staging import MARK, sha256
 ERROR_TOLERANCE = 0.01
 """How far an error, a cosine or a share may be from the card's, absolutely; perplexities
 relatively. Other machines round otherwise, and near-ties among blocks then fall otherwise."""
-
-_CHILD_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -177,73 +171,28 @@ def _reloaded(path: Path, checkpoint: Checkpoint, plan: Plan, samples: Samples) 
         approximated = output_tensors(model(**batch))
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     classes = {v.removeprefix("modeling_mra."): k for k, v in config["auto_map"].items()}
-    runs: dict[str, dict[str, Any]] = {"patched": {"trust_remote_code": True}}
-    if config[CONFIG_KEY].get("strict"):
-        runs["exact"] = {"attn_implementation": "sdpa"}
-    else:
-        runs["exact"] = {}
-    try:
-        answers = _in_fresh_process(path, classes[type(model).__name__], runs, batch)
-    except MraError as error:
-        return [Check("fresh process", False, str(error))]
+    run = Run(path, classes[type(model).__name__], batch, {"trust_remote_code": True})
+    # Strict checkpoints give the exact model only to those who ask for it.
+    untrusted = {"attn_implementation": "sdpa"} if config[CONFIG_KEY].get("strict") else {}
+    fresh = answers({"patched": run, "exact": replace(run, options=untrusted)})
     loaded = output_tensors(load(path).eval()(**batch))
     return [
-        _compare("fresh process, without mra-cli", answers["patched"], approximated),
-        _compare("fresh process, without trust: exact", answers["exact"], exact),
+        _compare("fresh process, without mra-cli", fresh["patched"], approximated),
+        _compare("fresh process, without trust: exact", fresh["exact"], exact),
         _compare("mra_cli.load", loaded, approximated),
     ]
 
 
-def _in_fresh_process(
-    path: Path, auto_class: str, runs: dict[str, dict[str, Any]], batch: dict[str, Tensor]
-) -> dict[str, list[Tensor]]:
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        save_file({k: v.contiguous() for k, v in batch.items()}, place / "inputs.safetensors")
-        job = {
-            "path": str(path.resolve()),
-            "auto_class": auto_class,
-            "runs": runs,
-            "threads": torch.get_num_threads(),
-            "inputs": str(place / "inputs.safetensors"),
-            "answers": str(place / "answers.safetensors"),
-        }
-        (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        script = files("mra_cli").joinpath("data/reload.py").read_text(encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(place / "job.json")],
-            env=_environment(place),
-            cwd=place,
-            capture_output=True,
-            text=True,
-            timeout=_CHILD_SECONDS,
-            check=False,
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CheckpointError(f"it can't be loaded by transformers alone: {last}")
-        answers = load_file(place / "answers.safetensors")
-        return {
-            run: [answers[key] for key in sorted(answers) if key.startswith(f"{run} ")]
-            for run in runs
-        }
-
-
-def _environment(cache: Path) -> dict[str, str]:
-    """Ours, but for a cache of modules of its own, so that no code but the directory's can run."""
-    import os
-
-    return {**os.environ, "HF_MODULES_CACHE": str(cache / "modules"), "HF_HUB_OFFLINE": "1"}
-
-
-def _compare(name: str, answers: list[Tensor], expected: list[Tensor]) -> Check:
-    if len(answers) != len(expected):
-        return Check(name, False, f"{len(answers)} outputs instead of {len(expected)}")
-    if all(torch.equal(a, b) for a, b in zip(answers, expected, strict=True)):
+def _compare(name: str, given: list[Tensor] | str, expected: list[Tensor]) -> Check:
+    if isinstance(given, str):
+        return Check(name, False, given)
+    if len(given) != len(expected):
+        return Check(name, False, f"{len(given)} outputs instead of {len(expected)}")
+    if all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)):
         return Check(name, True, "bit-identical")
     far = max(
         float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
-        for a, b in zip(answers, expected, strict=True)
+        for a, b in zip(given, expected, strict=True)
     )
     return Check(name, False, f"outputs differ by {far:.2g}")
 

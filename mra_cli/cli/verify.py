@@ -31,7 +31,7 @@ def verify(
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Check DIR's files, reload it in a fresh process, measure it again. Exit code 1 if it fails."""
+    """Check DIR's files, reload it in a fresh process, measure it again; exit code 1: failed."""
     check_writable(json)
     from mra_cli.cli._output import Output
     from mra_cli.errors import VerifyError

@@ -1,5 +1,7 @@
-"""Run by `mra-cli verify` in a process of its own, in which there is no mra_cli: load a checkpoint
-as anyone would, run it, and save what it answers. One argument: the job, a JSON file.
+"""Load checkpoints as anyone would, run them, and save what they answer.
+
+Run by `mra_cli.fresh` in a process of its own, in which (unless the job says otherwise) there is
+no mra_cli. One argument: the job, a JSON file.
 """
 
 import json
@@ -7,7 +9,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-sys.modules["mra_cli"] = sys.modules["mra_kernels"] = None  # as if not installed
+job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+if not job["installed"]:
+    sys.modules["mra_cli"] = sys.modules["mra_kernels"] = None
 
 import torch
 import transformers
@@ -22,14 +26,20 @@ def floats(output):
     return [t for part in parts for t in floats(part)] if isinstance(parts, (list, tuple)) else []
 
 
-job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 torch.set_num_threads(job["threads"])
 transformers.logging.set_verbosity_error()
-inputs = load_file(job["inputs"])
-answers = {}
-for name, options in job["runs"].items():
-    model = getattr(transformers, job["auto_class"]).from_pretrained(job["path"], **options).eval()
-    with torch.no_grad():
-        for number, tensor in enumerate(floats(model(**inputs))):
-            answers[f"{name} {number:06d}"] = tensor.contiguous().clone()
+transformers.logging.disable_progress_bar()
+answers, errors = {}, {}
+for name, run in job["runs"].items():
+    try:
+        auto_class = getattr(transformers, run["auto_class"])
+        model = auto_class.from_pretrained(run["path"], **run["options"]).eval()
+        with torch.no_grad():
+            output = model(**load_file(run["inputs"]), **run["arguments"])
+    except Exception as error:
+        errors[name] = f"{type(error).__name__}: {error}"
+        continue
+    for number, tensor in enumerate(floats(output)):
+        answers[f"{name} {number:06d}"] = tensor.contiguous().clone()
 save_file(answers, job["answers"])
+Path(job["errors"]).write_text(json.dumps(errors), encoding="utf-8")
