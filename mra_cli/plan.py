@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mra_cli.calls import AttentionCall
 from mra_cli.errors import InputError
-from mra_cli.methods import Method, make_method
+from mra_cli.methods import Method, make_method, with_impl
+from mra_kernels import Impl
 
 if TYPE_CHECKING:
     from mra_cli.sites import Site
@@ -60,6 +61,10 @@ class Plan:
     def with_min_length(self, min_length: int) -> Plan:
         """The same plan, exact over fewer keys than ``min_length``."""
         return Plan({n: replace(site, min_length=min_length) for n, site in self.sites.items()})
+
+    def with_impl(self, impl: Impl) -> Plan:
+        """The same plan, computed by one implementation (see `mra_attention`) alone."""
+        return Plan({n: replace(s, method=with_impl(s.method, impl)) for n, s in self.sites.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `from_dict` reads them back."""

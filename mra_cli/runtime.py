@@ -24,8 +24,11 @@ SOURCES = (
     "mra_kernels.layout",
     "mra_kernels.selection",
     "mra_kernels.reference",
+    "mra_cli.data.native",
+    "mra_kernels.decode",
     "mra_kernels.api",
     "mra_cli.host",
+    "mra_cli.caches",
     "mra_cli.calls",
     "mra_cli.methods.mra",
     "mra_cli.methods",
@@ -33,7 +36,7 @@ SOURCES = (
     "mra_cli.patching",
     "mra_cli.remote",
 )
-"""Modules of the runtime, each after those it imports."""
+"""Modules of the runtime, each after those it imports. `mra_kernels.native` has a stand-in."""
 
 _OURS = ("mra_cli", "mra_kernels")
 _JOINED = (*SOURCES, "mra_kernels")
@@ -72,6 +75,11 @@ def _joined() -> str:
         source = files(path[0]).joinpath(*path[1:])
         file = source.joinpath("__init__.py") if source.is_dir() else source.with_suffix(".py")  # type: ignore[attr-defined]
         text = file.read_text(encoding="utf-8")
+        for node in _imports(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module in _JOINED:
+                missing = {a.name for a in node.names if a.asname or a.name not in defined}
+                if missing:
+                    raise RuntimeError(f"{module} imports {missing}, which must come before it")
         for name, origin in _top_level_names(text, module):
             if defined.setdefault(name, origin) != origin:
                 raise RuntimeError(f"{name} is of {defined[name]} and of {origin}: rename one")
@@ -130,5 +138,3 @@ def _top_level_names(text: str, module: str) -> Iterator[tuple[str, str]]:
             yield from ((a.asname or a.name, a.name) for a in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module not in _JOINED:
             yield from ((a.asname or a.name, f"{node.module}.{a.name}") for a in node.names)
-        elif isinstance(node, ast.ImportFrom) and any(a.asname for a in node.names):
-            raise RuntimeError(f"{module} must not rename what it imports from {node.module}")

@@ -169,6 +169,8 @@ def _reloaded(path: Path, checkpoint: Checkpoint, plan: Plan, samples: Samples) 
     exact = output_tensors(model(**batch))
     with patched(model, plan):
         approximated = output_tensors(model(**batch))
+    with patched(model, plan.with_impl("reference")):  # what a checkpoint carries
+        reference = output_tensors(model(**batch))
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     classes = {v.removeprefix("modeling_mra."): k for k, v in config["auto_map"].items()}
     run = Run(path, classes[type(model).__name__], batch, {"trust_remote_code": True})
@@ -177,7 +179,7 @@ def _reloaded(path: Path, checkpoint: Checkpoint, plan: Plan, samples: Samples) 
     fresh = answers({"patched": run, "exact": replace(run, options=untrusted)})
     loaded = output_tensors(load(path).eval()(**batch))
     return [
-        _compare("fresh process, without mra-cli", fresh["patched"], approximated),
+        _compare("fresh process, without mra-cli", fresh["patched"], reference),
         _compare("fresh process, without trust: exact", fresh["exact"], exact),
         _compare("mra_cli.load", loaded, approximated),
     ]
