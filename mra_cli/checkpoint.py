@@ -130,7 +130,7 @@ def sketch_checkpoint(path: Path) -> Checkpoint:
     _quiet()
     check_directory(path, allow_pickle=False)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         known = native_class(config)
         if known is None:
             raise CheckpointError(
@@ -143,7 +143,8 @@ def sketch_checkpoint(path: Path) -> Checkpoint:
         raise
     except Exception as error:
         raise _explained(str(path), error) from error
-    return Checkpoint(str(path), model, _load_tokenizer(str(path), {}), path, fingerprint(path))
+    tokenizer = _load_tokenizer(str(path), {"trust_remote_code": False})
+    return Checkpoint(str(path), model, tokenizer, path, fingerprint(path))
 
 
 def check_device(device: str) -> None:

@@ -96,7 +96,7 @@ def prepare(
     layers: str | None = None,
     plan: Plan | None = None,
     min_length: int | None = None,
-    measure: bool | None = None,
+    measure: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Prepared:
@@ -108,7 +108,7 @@ def prepare(
         layers: Which sites, see `choose_sites`; None: all that can be patched.
         plan: What runs where.
         min_length: Exact over fewer keys; None: as the plan says.
-        measure: Load weights of any size; None: up to `MOST_MEASURED_BYTES`.
+        measure: Load weights of any size, not only up to `MOST_MEASURED_BYTES`.
 
     Raises:
         CheckpointError: See `load_checkpoint`; or the source brings its own model code.
@@ -117,9 +117,7 @@ def prepare(
     """
     path = _source_path(name)
     before = stamps(path)
-    if measure is None:
-        measure = path.is_file() or weight_bytes(path) <= MOST_MEASURED_BYTES
-    if measure or path.is_file():
+    if measure or path.is_file() or weight_bytes(path) <= MOST_MEASURED_BYTES:
         checkpoint = load_checkpoint(
             str(path),
             dtype="bfloat16" if path.is_file() else None,

@@ -33,7 +33,7 @@ def load(name: str | Path, **options: Any) -> PreTrainedModel:
     """
     where = locate(str(name)) or str(name)
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"can't load {name}: {' '.join(str(error).split())[:200]}; give a directory that "

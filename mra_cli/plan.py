@@ -109,7 +109,8 @@ def _site_plan(site: str, entry: Any) -> SitePlan:
     name, budget = rest.pop("method"), rest.pop("budget")
     cross, grid = rest.pop("is_cross", False), rest.pop("grid", None)
     min_length = rest.pop("min_length", 0)
-    plain = isinstance(budget, (int, float)) and isinstance(min_length, int) and min_length >= 0
+    plain = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    plain &= isinstance(min_length, int) and min_length >= 0
     whole = grid is None or (len(grid) == 2 and all(isinstance(x, int) and x > 0 for x in grid))
     if not (plain and whole and isinstance(name, str) and isinstance(cross, bool)):
         raise InputError(

@@ -138,7 +138,7 @@ def patch(
             layers=layers,
             plan=wanted,
             min_length=min_length,
-            measure=measure,
+            measure=bool(measure),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
