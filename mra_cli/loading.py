@@ -46,7 +46,8 @@ def load(name: str | Path, **options: Any) -> PreTrainedModel:
             f"{name} must name a class of transformers in its config's 'architectures', got "
             f"{config.architectures}; patch it again"
         )
-    model: PreTrainedModel = _saving(base).from_pretrained(where, **options)
+    patched: Any = model_class(base, __name__, code_files)
+    model: PreTrainedModel = patched.from_pretrained(where, **options)
     return model
 
 
@@ -64,22 +65,6 @@ def plan_of(config: Any, name: str) -> Plan:
             "mra-cli patch MODEL --out DIR"
         )
     return read_entry(entry)[1]
-
-
-def _saving(base: type[PreTrainedModel]) -> Any:
-    """The patched class, which saves our code with its weights: transformers does so only for
-    classes that it loaded from a checkpoint itself.
-    """
-    patched = model_class(base, __name__)
-    save: Any = patched.save_pretrained
-
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        save(self, save_directory, *args, **kwargs)
-        for file, text in code_files().items():
-            (Path(save_directory) / file).write_text(text, encoding="utf-8")
-
-    patched.save_pretrained = save_pretrained
-    return patched
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,18 @@ STRICT = "_needs_trust_remote_code"
 never registered: loading fails, saying it, unless the plan's code runs and sees to it."""
 
 
-def model_class(base: type[PreTrainedModel], module: str) -> type[PreTrainedModel]:
+def model_class(
+    base: type[PreTrainedModel], module: str, code_files: Callable[[], dict[str, str]]
+) -> type[PreTrainedModel]:
     """``base`` with the plan of its config at work from the start.
 
     A caller who passes ``attn_implementation`` gets what was asked for instead.
 
     Args:
         base: A class of transformers.
-        module: Name of the module the class is to belong to; saving copies that module's file.
+        module: Name of the module the class is to belong to.
+        code_files: Name and text of the Python files a saved model needs; not every transformers
+            saves them, and none does for a class that it did not load from a checkpoint itself.
     """
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +72,11 @@ def model_class(base: type[PreTrainedModel], module: str) -> type[PreTrainedMode
         base.save_pretrained(self, save_directory, *args, **kwargs)
         entry = getattr(self.config, CONFIG_KEY, None)
         path = Path(save_directory) / "config.json"
-        if entry and entry.get("strict") and path.is_file():
+        if not entry or not path.is_file():
+            return
+        for name, text in code_files().items():
+            path.with_name(name).write_text(text, encoding="utf-8")
+        if entry.get("strict"):
             write_strict(path, entry["implementation"])
 
     return derived(base, {"__init__": init, "save_pretrained": save_pretrained}, module)

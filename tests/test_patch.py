@@ -14,7 +14,7 @@ import mra_cli
 from architectures import ARCHITECTURES
 from mra_cli import export, fresh
 from mra_cli.checkpoint import load_checkpoint
-from mra_cli.errors import InputError
+from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.inputs import make_samples
 from mra_cli.methods import make_method
 from mra_cli.patching import patched
@@ -26,6 +26,9 @@ TWELVE_AND_MORE = [
     *("mixtral", "t5", "bart", "whisper", "vit", "dinov2", "clip", "llava", "gemma3-vlm"),
 ]
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+REFUSED_BY_OLDER = {"modernbert", "t5"}  # their attention reached the interface later
+UNKNOWN_TO_OLDER = {"gemma3-vlm"}  # its tiny configuration has fields that came later
 TRUST = {"trust_remote_code": True}
 
 
@@ -67,12 +70,18 @@ def tiny(tmp_path_factory) -> dict[str, Exported]:
     found = {}
     for name in TWELVE_AND_MORE:
         architecture = BY_NAME[name]
+        if OLDER and name in UNKNOWN_TO_OLDER:
+            continue
         model, inputs = architecture.build(), architecture.inputs()
         exact = output_tensors(model(**inputs))
-        sites = [
-            dataclasses.replace(site, verdict="patch")  # all are small here
-            for site in find_sites(model, inputs)
-        ]
+        try:
+            sites = [
+                dataclasses.replace(site, verdict="patch")  # all are small here
+                for site in find_sites(model, inputs)
+            ]
+        except UnsupportedModelError:
+            assert name in REFUSED_BY_OLDER and OLDER, name
+            continue
         plan = Plan.uniform(sites, make_method("mra", 0.3, {"resolutions": (8, 4, 1)}))
         with patched(model, plan):
             approximated = output_tensors(model(**inputs))
@@ -114,6 +123,10 @@ def reloaded(request, tiny):
 
 @pytest.mark.parametrize("name", TWELVE_AND_MORE)
 def test_reloads_bit_identical_to_the_model_patched_in_memory(name, tiny, reloaded):
+    if name not in tiny:
+        pytest.skip(
+            f"transformers {transformers.__version__} lacks it, or computes its attention elsewhere"
+        )
     answers, expected = reloaded
     assert equal(answers[name], expected[name])
     assert not equal(answers[name], tiny[name].exact), "nothing was patched"
@@ -196,6 +209,8 @@ def test_saving_again_keeps_the_patch_and_strictness(tiny, tmp_path):
 
 
 def test_a_part_of_the_model_is_patched_and_says_what_it_lacks(tiny):
+    if "t5" not in tiny:
+        pytest.skip("no T5 here")
     with pytest.warns(UserWarning, match="T5EncoderModel has 2 of the 6 attention sites"):
         transformers.AutoModelForTextEncoding.from_pretrained(tiny["t5"].path, **TRUST)
 

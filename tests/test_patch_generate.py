@@ -14,6 +14,7 @@ from torch import nn
 
 from architectures import ARCHITECTURES, comparable
 from mra_cli import export
+from mra_cli.errors import UnsupportedModelError
 from mra_cli.methods import make_method
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
@@ -48,10 +49,14 @@ def made(request, tmp_path_factory):
     inputs = {
         k: v for k, v in architecture.inputs().items() if k in ("input_ids", "attention_mask")
     }
-    sites = [
-        dataclasses.replace(site, verdict="patch")
-        for site in find_sites(model, architecture.inputs())
-    ]
+    try:
+        sites = [
+            dataclasses.replace(site, verdict="patch")
+            for site in find_sites(model, architecture.inputs())
+        ]
+    except UnsupportedModelError:
+        assert name == "t5" and not transformers.__version__.startswith("5.23"), name
+        pytest.skip("its attention reached the interface later")
     plan = Plan.uniform(sites, make_method("mra", budget, {"resolutions": (8, 4, 1)}))
     folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder / "source")
@@ -86,6 +91,8 @@ def test_generates_as_the_model_patched_in_memory(made, way):
     model, plan, loaded, inputs, budget = made
     if model.config.is_encoder_decoder and way in ("chunked prefill", "prompt lookup"):
         pytest.skip("not for encoder-decoders")
+    if way == "prompt lookup" and not hasattr(transformers, "GgufConfig"):
+        pytest.skip("wants a token that ends the text in older transformers")
     if way in ONE_ROW:
         inputs = {key: value[:1] for key, value in inputs.items()}
     tokens = generate(loaded, inputs, **WAYS[way])
