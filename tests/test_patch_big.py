@@ -64,14 +64,15 @@ def test_shards_and_tied_weights_reload(sharded):
 @torch.no_grad()
 def test_device_maps(sharded, tmp_path, memory):
     pytest.importorskip("accelerate", reason="needs accelerate")
+    if memory and not hasattr(transformers, "GgufConfig"):
+        pytest.skip("older transformers can't run even the exact model so")
     path, approximated, _ = sharded
     places = {"max_memory": memory, "offload_folder": tmp_path} if memory else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, device_map="auto", **places, **TRUST
     ).eval()
     if memory:
-        places = getattr(model, "hf_device_map", {"": "disk"})  # not everywhere under this name
-        assert "disk" in {str(place) for place in places.values()}
+        assert "disk" in {str(place) for place in model.hf_device_map.values()}
     assert torch.equal(output_tensors(model(**IDS))[0], approximated[0])
 
 
