@@ -16,9 +16,11 @@ from architectures import ARCHITECTURES, comparable
 from mra_cli import export
 from mra_cli.errors import UnsupportedModelError
 from mra_cli.methods import make_method
+from mra_cli.methods.mra import Mra
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
 from mra_cli.sites import find_sites
+from mra_kernels import native
 
 NEW = 10
 WAYS = {
@@ -204,3 +206,26 @@ def test_a_step_of_lora_lowers_the_loss(made):
         if isinstance(getattr(module, "q_proj", None), LowRank):
             module.q_proj = module.q_proj.linear
     loaded.requires_grad_(True).eval()
+
+
+@torch.no_grad()
+def test_decoding_over_a_long_cache_approximates_as_in_memory(made, monkeypatch):
+    """Where the C++ path is installed: its block means hang on the cache of the loaded model."""
+    if native.reason_against() is not None:
+        pytest.skip("no C++ here")
+    model, plan, loaded, inputs, _ = made
+    if model.config.model_type not in ("llama", "gemma3_text"):
+        pytest.skip("two kinds will do")
+    monkeypatch.setattr("mra_cli.methods.mra._LONG_CACHE", 16)
+    approximated = []
+    answer = Mra.__call__
+
+    def counted(self, call):
+        approximated.append(call.n_queries)
+        return answer(self, call)
+
+    monkeypatch.setattr(Mra, "__call__", counted)
+    tokens = generate(loaded, inputs)
+    assert 1 in approximated, "no decoding step was approximated"
+    with patched(model, plan):
+        assert torch.equal(tokens, generate(model, inputs))
