@@ -64,7 +64,9 @@ class Plan:
 
     def with_impl(self, impl: Impl) -> Plan:
         """The same plan, computed by one implementation (see `mra_attention`) alone."""
-        return Plan({n: replace(s, method=with_impl(s.method, impl)) for n, s in self.sites.items()})
+        return Plan(
+            {n: replace(s, method=with_impl(s.method, impl)) for n, s in self.sites.items()}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `from_dict` reads them back."""
