@@ -257,13 +257,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path / MARK} must have schema {SCHEMA}, got {manifest['schema']}; update mra-cli"
             )
+        names, _ = manifest["files"].keys(), manifest["figures"]
+        outside = [name for name in names if Path(name).is_absolute() or ".." in name]
+        if outside:
+            raise ValueError(f"files outside the directory, {outside[0]}")
         return dict(manifest)
     except OSError as error:
         raise CheckpointError(
             f"DIR must be a patched checkpoint, and {path} has no {MARK}; make one with: "
             "mra-cli patch MODEL --out DIR"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MARK} is damaged ({error}); patch again") from error
 
 

@@ -264,7 +264,10 @@ def test_a_recovery_that_is_none(refuses, done, value):
     refuses("verify", done, "--min-recovery", value, says=["--min-recovery must be in", value])
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"schema": 9}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "{}", "[]", '{"schema": 9}', '{"schema": 1}', '{"schema": 1, "files": [], "figures": 0}'],
+)
 def test_a_damaged_manifest(refuses, done, content):
     (done / "mra_manifest.json").write_text(content)
     refuses("verify", done, says=["mra_manifest.json", "damaged|must have schema 1"])
@@ -299,4 +302,5 @@ def test_no_tokenizer(cli, refuses, saved, tmp_path):
     assert cli("patch", source, "--out", out, "--budget", "0.5").code == 0
     assert "Not measured" in (out / "README.md").read_text()
     refuses("run", out, "hello", says=["have a tokenizer"])
+    refuses("verify", out, "--min-recovery", "0.9", says=["must have a tokenizer"])
     save_tokenizer(source)
