@@ -12,7 +12,7 @@ demo: $(VENV)/demo        ## analyze a real checkpoint that installs as a packag
 test: $(VENV)/dev         ## the default tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(VENV)/dev    ## the others
+test-slow: $(VENV)/examples  ## the others
 	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/dev
@@ -30,6 +30,10 @@ $(VENV)/demo: $(BIN)/python pyproject.toml .ci/constraints.txt .ci/checkpoints.t
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/examples: $(VENV)/dev
+	$(PIP) -e '.[examples]'
 	touch $@
 
 clean:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from mra_cli.errors import CheckpointError
 from mra_cli.files import DEMOS, check_directory, fingerprint, locate
+from mra_cli.host import forget_implementation
+from mra_cli.remote import CONFIG_KEY
 
 UNUSED = {"pooler", "masked_spec_embed"}
 """Parts that good checkpoints lack: of another head, or used in training alone."""
@@ -100,12 +102,7 @@ def load_checkpoint(
         raise _explained(name, error) from error
     for key in ("dtype", "use_safetensors", "quantization_config"):
         options.pop(key, None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        if len({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}) < FEWEST_TOKENS:
-            tokenizer = None  # without its files, transformers makes up one that knows no word
-    except Exception:  # no tokenizer, or one that needs a package that is not there
-        tokenizer = None
+    tokenizer = _load_tokenizer(where, options)
     commit = getattr(model.config, "_commit_hash", None)
     digest = fingerprint(path) if path is not None else f"commit:{commit or 'unknown'}"
     return Checkpoint(name, model, tokenizer, path, digest)
@@ -120,6 +117,34 @@ def read_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
     return DTYPES[name]
+
+
+def sketch_checkpoint(path: Path) -> Checkpoint:
+    """A directory's model without its weights, on torch's meta device: shapes that can be run.
+
+    For checkpoints whose weights are too big to run them for a mere plan.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
+    """
+    _quiet()
+    check_directory(path, allow_pickle=False)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        known = native_class(config)
+        if known is None:
+            raise CheckpointError(
+                f"{path} must name a class of transformers in its config's 'architectures' to be "
+                f"laid out without its weights, got {config.architectures}; pass --measure"
+            )
+        with torch.device("meta"):
+            model = known._from_config(config, dtype=config.dtype or torch.float32).eval()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _explained(str(path), error) from error
+    tokenizer = _load_tokenizer(str(path), {"trust_remote_code": False})
+    return Checkpoint(str(path), model, tokenizer, path, fingerprint(path))
 
 
 def check_device(device: str) -> None:
@@ -137,11 +162,26 @@ def check_device(device: str) -> None:
         ) from error
 
 
+def _load_tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        if len({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}) < FEWEST_TOKENS:
+            return None  # without its files, transformers makes up one that knows no word
+    except Exception:  # no tokenizer, or one that needs a package that is not there
+        return None
+    return tokenizer
+
+
+def native_class(config: Any) -> Any:
+    """The class of transformers that a config names, or None."""
+    names = getattr(config, "architectures", None) or []
+    return next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+
+
 def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
     keys = ("trust_remote_code", "gguf_file", "local_files_only")
     config = AutoConfig.from_pretrained(where, **{k: options[k] for k in keys if k in options})
-    names = getattr(config, "architectures", None) or []
-    known = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    known = native_class(config)
     if known is not None:
         options = {k: v for k, v in options.items() if k != "trust_remote_code"}
     elif "gguf_file" in options:  # names no class; what is quantised to GGUF generates text
@@ -151,6 +191,9 @@ def _load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
         remote = getattr(config, "auto_map", {})
         auto = next((n for n in remote if n.startswith("AutoModelFor")), "AutoModel")
         known = getattr(transformers, auto)
+    if hasattr(config, CONFIG_KEY):  # a strict one asks for an implementation that is not there
+        forget_implementation(config)
+        options["config"] = config
     model: PreTrainedModel
     model, info = known.from_pretrained(where, output_loading_info=True, **options)
     # transformers fills what is missing at random.

@@ -17,3 +17,11 @@ class UnsupportedModelError(MraError):
 
 class InputError(MraError):
     """The text, image, length or setting does not fit."""
+
+
+class ExportError(MraError):
+    """The patched checkpoint can't be written."""
+
+
+class VerifyError(MraError):
+    """A patched checkpoint is not what it says."""

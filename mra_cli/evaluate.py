@@ -51,6 +51,20 @@ class Damage:
     def perplexity_exact(self) -> float | None:
         return None if self.loss_exact is None else math.exp(min(self.loss_exact, 700.0))
 
+    @property
+    def recovery(self) -> float:
+        """How much of the exact model is left, at best 1: the exact perplexity over this one, the
+        mean cosine of embeddings, the share of classes kept, or 1 minus the output's change.
+        """
+        if self.cosine_mean is not None:
+            return self.cosine_mean
+        if self.output_change is not None:
+            return 1.0 - self.output_change
+        if self.loss is not None and self.loss_exact is not None:
+            return math.exp(min(0.0, self.loss_exact - self.loss))
+        assert self.top1_agreement is not None
+        return self.top1_agreement
+
 
 class Judge:
     """Runs the exact model once over the samples; `judge` then runs what the model has become.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,3 +155,65 @@ def _check_safetensors(file: Path) -> None:
             f"{file} is truncated or damaged: expected {expected} bytes, got {size}; "
             "download it again"
         )
+
+
+WEIGHTS = ".safetensors"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz"}
+"""Formats that can carry code."""
+OTHER_FORMATS = {".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite", ".mlmodel", ".xml"}
+"""The same weights again, for other frameworks."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a checkpoint, relative to its directory.
+
+    Attributes:
+        weights: Tensors; may be linked.
+        texts: Configuration, tokenizer, processor, licence: small and copied.
+        left_out: Code, pickles, hidden files, and weights for other frameworks.
+    """
+
+    weights: tuple[Path, ...]
+    texts: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+
+def list_files(path: Path, *, allow_pickle: bool) -> Listing:
+    """What of a checkpoint's directory goes into a patched one.
+
+    Raises:
+        CheckpointError: A part of it has its weights in a pickle alone, and that is not allowed.
+    """
+    weights, texts, left_out = [], [], []
+    found = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in found:
+        name, suffix = file.relative_to(path), file.suffix.lower()
+        twin = any(file.parent.glob(f"*{WEIGHTS}"))
+        if any(part.startswith(".") for part in name.parts) or not file.is_file():
+            left_out.append(name)
+        elif suffix == WEIGHTS or (suffix in PICKLES and allow_pickle and not twin):
+            weights.append(name)
+        elif suffix in PICKLES and name.parent != Path() and not twin:
+            raise CheckpointError(
+                f"{file} is a pickle, which can run code when read, and the part it belongs to has "
+                "no safetensors; convert it, or pass --allow-pickle if you trust its source"
+            )
+        elif suffix in PICKLES | OTHER_FORMATS or suffix in (".py", ".pyc"):
+            left_out.append(name)
+        else:
+            texts.append(name)
+    return Listing(tuple(weights), tuple(texts), tuple(left_out))
+
+
+def stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
+    """What changes when a file does: inode, size and time of each file of a checkpoint."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    found = {file: file.stat() for file in files}
+    return {file: (s.st_ino, s.st_size, s.st_mtime_ns) for file, s in found.items()}
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the weights in a directory or GGUF file."""
+    files = [path] if path.is_file() else path.glob(f"*{WEIGHTS}")
+    return sum(file.stat().st_size for file in files)

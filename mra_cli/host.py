@@ -14,11 +14,13 @@ from itertools import count
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.auto import modeling_auto
 
 from mra_kernels import AttentionMask
 
@@ -43,8 +45,7 @@ def attention_function(model: PreTrainedModel, function: AttentionFunction) -> I
     every = [config for owner in owners for config in _configs(getattr(owner, "config", None))]
     configs = [config for config in every if hasattr(config, "_attn_implementation_internal")]
     before = [config._attn_implementation_internal for config in configs]
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, lazy_mask)
+    register(name, function)
     try:
         model.set_attn_implementation(name)
         yield
@@ -53,6 +54,70 @@ def attention_function(model: PreTrainedModel, function: AttentionFunction) -> I
             config._attn_implementation_internal = implementation
         AttentionInterface._global_mapping.pop(name)
         AttentionMaskInterface._global_mapping.pop(name)
+
+
+def register(name: str, function: AttentionFunction) -> None:
+    """Make ``function``, with lazy masks, known to transformers as implementation ``name``."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lazy_mask)
+
+
+def chosen_implementations(config: Any, name: str) -> dict[str, str] | None:
+    """What the caller chose at load instead of ``name``: by sub-config, "" for the outermost.
+
+    None: everything, so nothing is left for ``name``.
+    """
+    parts = {"": config, **{key: getattr(config, key, None) for key in config.sub_configs or ()}}
+    choices = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    chosen = {key: choice for key, choice in choices.items() if choice not in (None, name)}
+    return None if len(chosen) == len(choices) else chosen
+
+
+def forget_implementation(config: Any, name: str | None = None) -> None:
+    """Leave attention to transformers where the config asks for ``name``, or for anything."""
+    for part in _configs(config):
+        if name in (None, part._attn_implementation_internal):
+            part._attn_implementation_internal = None
+
+
+def derived(base: type[PreTrainedModel], namespace: dict[str, Any], module: str) -> Any:
+    """A class that is ``base`` in name, and for all that transformers asks of a class's origin.
+
+    Re-saving writes the name to config.json, where other tools look it up. Weights of checkpoints
+    with old names are renamed, on loading and saving, for classes that are not custom code alone.
+    Whether a class can change implementations is read off the text of its module.
+    """
+    namespace |= {
+        "__module__": module,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "is_custom_code": classmethod(lambda _: False),
+        "_can_set_attn_implementation": classmethod(lambda _: base._can_set_attn_implementation()),
+        "_can_set_experts_implementation": classmethod(
+            lambda _: base._can_set_experts_implementation()
+        ),
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def auto_classes(config: Any) -> dict[str, str]:
+    """For each Auto class that knows this kind of model, the class it makes: what to name in
+    ``auto_map``.
+    """
+    found = {}
+    for auto, auto_class in vars(modeling_auto).items():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if not auto.startswith("AutoModel") or mapping is None:
+            continue
+        names = mapping._model_mapping.get(config.model_type, ())
+        names = (names,) if isinstance(names, str) else names
+        classes = {name: getattr(transformers, name, None) for name in names}
+        kind = type(config)
+        fitting = [n for n, c in classes.items() if getattr(c, "config_class", None) is kind]
+        if fitting:
+            own = [name for name in fitting if name in (config.architectures or ())]
+            found[auto] = (own or fitting)[0]
+    return found
 
 
 def _configs(config: Any) -> Iterator[Any]:
@@ -125,6 +190,12 @@ class LazyMask(torch.Tensor):
                 mask = mask.with_padding(mask.key_valid, self._padding_of_queries())
             self._resolved[cross] = mask
         return self._resolved[cross]
+
+    def unpadded(self) -> LazyMask:
+        """The same mask on the CPU and without padding: all that is known of one on torch's meta
+        device.
+        """
+        return LazyMask({**self._request, "device": "cpu", "attention_mask": None})
 
     @property
     def window(self) -> int | None:

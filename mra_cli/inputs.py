@@ -121,13 +121,13 @@ def dry_run(checkpoint: Checkpoint) -> dict[str, Any]:
     length = min(PROBE_LENGTH, position_limit(checkpoint) or PROBE_LENGTH)
     if checkpoint.tokenizer is not None:
         return probe(make_samples(checkpoint, seq_len=length, count=1))
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, length), generator=generator).to(checkpoint.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if _wants_decoder_ids(model):
         batch["decoder_input_ids"] = ids[:, : length // 2]
-    return batch
+    return batch | _picture(checkpoint, generator)
 
 
 def position_limit(checkpoint: Checkpoint) -> int | None:
@@ -188,7 +188,10 @@ def _text_samples(
         if _wants_decoder_ids(model):
             half = max(1, seq_len // 2)
             batch["decoder_input_ids"] = torch.tensor([tokens[start : start + half]])
-        batches.append({key: value.to(checkpoint.device) for key, value in batch.items()})
+        batches.append(
+            {key: value.to(checkpoint.device) for key, value in batch.items()}
+            | _picture(checkpoint, generator)
+        )
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
     source = text_name
     if windows < count:
@@ -202,6 +205,14 @@ def _wants_decoder_ids(model: PreTrainedModel) -> bool:
     """Encoder-decoders do, but for those with a classifier on top, which make their own."""
     classifies = "For" in type(model).__name__ and not model.can_generate()
     return bool(model.config.is_encoder_decoder) and not classifies
+
+
+def _picture(checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
+    """A made-up picture for models that want one beside the text (CLIP), else nothing."""
+    model = checkpoint.model
+    if model.can_generate() or not hasattr(model.config, "vision_config"):
+        return {}
+    return _synthetic(checkpoint, "pixel_values", generator)
 
 
 def _special_tokens(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:

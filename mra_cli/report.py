@@ -10,6 +10,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from mra_cli import __version__
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage
-from mra_cli.inputs import Samples
+from mra_cli.inputs import Samples, read_text
+from mra_cli.methods import make_method
+from mra_cli.plan import Plan
 from mra_cli.sites import Site
 
 SCHEMA = 1
@@ -156,6 +159,24 @@ class AnalyzeReport:
         """JSON text; `from_json` reads it back."""
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
 
+    def plan(self, budget: float | None) -> Plan:
+        """What was measured at one of the budgets, as a plan.
+
+        Raises:
+            InputError: No such budget, or several and none is named.
+        """
+        known = [figures.budget for figures in self.by_budget]
+        budget = known[0] if budget is None and len(known) == 1 else budget
+        if budget not in known:
+            raise InputError(
+                f"the report has the budgets {', '.join(f'{b:g}' for b in known)}, got "
+                f"{'none' if budget is None else f'{budget:g}'}; choose one with --budget"
+            )
+        options = {k: v for k, v in self.method.items() if k != "method"}
+        measured = {row.site for row in self.by_site if row.budget == budget}
+        sites = [site for site in self.sites if site.name in measured]
+        return Plan.uniform(sites, make_method(self.method["method"], budget, options))
+
     @classmethod
     def from_json(cls, text: str) -> AnalyzeReport:
         """The report in ``text``.
@@ -193,6 +214,27 @@ class AnalyzeReport:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a report of mra-cli analyze: {error}") from error
+
+
+def read_plan(path: Path, budget: float | None) -> Plan:
+    """The plan in a file: one that was written as such, or what a report of `analyze` measured.
+
+    Args:
+        budget: Which of a report's budgets; a plan has its own.
+
+    Raises:
+        InputError: Neither, or a budget that does not fit.
+    """
+    text = read_text(path)
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the plan {path} must be JSON; got {error}") from error
+    if isinstance(data, dict) and "by_budget" in data:
+        return AnalyzeReport.from_json(text).plan(budget)
+    if budget is not None:
+        raise InputError(f"the plan {path} has budgets of its own; leave out --budget")
+    return Plan.from_dict(data)
 
 
 def _cpu() -> str:

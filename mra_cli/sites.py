@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mra_cli.calls import MOST_SPECIAL_TOKENS, AttentionCall
 from mra_cli.errors import UnsupportedModelError
-from mra_cli.host import attention_function
+from mra_cli.host import LazyMask, attention_function
 
 Verdict = Literal["patch", "exact", "refused"]
 
@@ -95,18 +95,47 @@ def find_sites(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Site]:
     check_numbers(model, before)
     with attention_function(model, record):
         after = output_tensors(model(**inputs))
-    if not calls:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} must send its attention through transformers' attention "
-            "interface to be patched, and none of its modules does; it computes attention itself"
+    off = 0.0
+    if calls:
+        off = max(_difference(a, b, inputs) for a, b in zip(before, after, strict=True))
+    return _listed(model, calls, off, inputs)
+
+
+@torch.no_grad()
+def sketch_sites(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Site]:
+    """`find_sites` for a model on the meta device: who calls, with which shapes and masks.
+
+    What only numbers can tell stays unknown: whether other parts of the model depend on how
+    attention is computed.
+
+    Raises:
+        UnsupportedModelError: No module calls the attention interface, or the model can't be run
+            without its weights.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    calls: dict[str, list[AttentionCall]] = {}
+
+    def record(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kw: Any
+    ) -> tuple[Tensor, None]:
+        cross = query.shape[2] != key.shape[2]
+        mask = attention_mask.unpadded() if isinstance(attention_mask, LazyMask) else None
+        call = AttentionCall.from_host(
+            module, _shape(query), _shape(key), _shape(value), mask, cross=cross, grid=None, **kw
         )
-    off = max(_difference(a, b, inputs) for a, b in zip(before, after, strict=True))
-    decoder = any(call[0].mask is not None and call[0].mask.is_causal for call in calls.values())
-    modules = dict(model.named_modules())
-    return [
-        _site(name, made, off, decoder, _grid(modules, name, inputs, made[0].n_keys))
-        for name, made in calls.items()
-    ]
+        calls.setdefault(names[module], []).append(call)
+        batch, heads, length, _ = query.shape
+        return value.new_empty(batch, length, heads, value.shape[3]), None
+
+    try:
+        with attention_function(model, record):
+            model(**inputs)
+    except Exception as error:  # whatever the model's code raises without numbers
+        raise UnsupportedModelError(
+            f"{type(model).__name__} must run without its weights to be laid out, and raised "
+            f"{type(error).__name__}: {error}; pass --measure to run it with them"
+        ) from error
+    return _listed(model, calls, 0.0, inputs)
 
 
 def check_numbers(model: PreTrainedModel, outputs: list[Tensor]) -> None:
@@ -131,6 +160,30 @@ def output_tensors(output: Any) -> list[Tensor]:
     if not isinstance(output, (list, tuple)):
         return []
     return [tensor for part in output for tensor in output_tensors(part)]
+
+
+def _shape(tensor: Tensor) -> Tensor:
+    """A tensor of that shape on the CPU, without memory of its own."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _listed(
+    model: PreTrainedModel,
+    calls: Mapping[str, list[AttentionCall]],
+    off: float,
+    inputs: Mapping[str, Any],
+) -> list[Site]:
+    if not calls:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} must send its attention through transformers' attention "
+            "interface to be patched, and none of its modules does; it computes attention itself"
+        )
+    decoder = any(call[0].mask is not None and call[0].mask.is_causal for call in calls.values())
+    modules = dict(model.named_modules())
+    return [
+        _site(name, made, off, decoder, _grid(modules, name, inputs, made[0].n_keys))
+        for name, made in calls.items()
+    ]
 
 
 def _site(

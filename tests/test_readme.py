@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_every_block_is_closed():
             inside = not inside
     assert not inside
     text = README.read_text()
-    for part in ("**The first table**", "**The verdict**", "\n## Commands\n", "\n## Methods\n"):
+    for part in ("**The first table**", "**The verdict**", "\n## Commands\n", "\n## Patch\n"):
         assert text.count(part) == 1
 
 
@@ -67,7 +68,9 @@ def test_make_targets_exist():
 
 
 @pytest.mark.checkpoints
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("mra-cli ")])
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if c.startswith(("mra-cli check", "mra-cli analyze"))]
+)
 def test_commands_run(command, tmp_path, minilm):
     done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -77,14 +80,36 @@ def test_commands_run(command, tmp_path, minilm):
         assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.checkpoints
+@pytest.mark.slow
+def test_patch_runs_as_shown(tmp_path, minilm, monkeypatch):
+    """One command after the other, in one directory, and then the Python beside them."""
+    shown = [c for c in commands() if c.split()[1] in ("patch", "verify", "run")]
+    assert [c.split()[1] for c in shown] == ["patch", "verify", "run"]
+    for command in shown:
+        done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
+        assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(python_blocks()[1], names)
+    assert names["model"].config._attn_implementation.startswith("mra_")
+
+
 def test_nothing_else_is_shown_as_a_command():
-    assert all(command.startswith(("mra-cli ", "make ")) for command in commands())
+    started = ("mra-cli ", "make ", ".ci/versions ")
+    assert all(command.startswith(started) for command in commands())
+
+
+def python_blocks() -> list[str]:
+    """The Python of 'Commands', and of 'Patch'."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    return blocks
 
 
 @pytest.mark.checkpoints
 def test_python_runs(minilm):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(code, {})
+    exec(python_blocks()[0], {})
 
 
 def figures(text: str) -> dict[str, list[tuple[float, float]]]:

@@ -1,6 +1,6 @@
 """Multi-resolution attention (MRA) operators: torch only, no transformers."""
 
-from mra_kernels.api import MraResult, implementations, mra_attention
+from mra_kernels.api import Impl, MraResult, implementations, mra_attention
 from mra_kernels.config import PRESETS, MraAttentionConfig
 from mra_kernels.decode import KeyPyramid
 from mra_kernels.exact import exact_attention, exact_with_lse
@@ -10,6 +10,7 @@ from mra_kernels.scores import ScoreRule
 __all__ = [
     "PRESETS",
     "AttentionMask",
+    "Impl",
     "KeyPyramid",
     "MraAttentionConfig",
     "MraResult",

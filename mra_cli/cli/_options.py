@@ -15,6 +15,10 @@ ModelArgument = Annotated[
         show_default="demo:minilm",
     ),
 ]
+PatchedArgument = Annotated[
+    str,
+    typer.Argument(metavar="DIR", help="A patched checkpoint.", show_default=False),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16 or float16.", show_default="the file's"),

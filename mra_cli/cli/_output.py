@@ -29,8 +29,13 @@ if TYPE_CHECKING:
     from mra_cli.analyze import Progress as ProgressFunction
     from mra_cli.bench.report import BenchReport
     from mra_cli.environment import Environment
+    from mra_cli.export import Exported
+    from mra_cli.figures import Figures
+    from mra_cli.loading import Answer
+    from mra_cli.plan import Plan
     from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
     from mra_cli.sites import Site
+    from mra_cli.verify import VerifyReport
 
 _COLOURS = {"patch": "green", "yes": "green", "with care": "yellow", "no": "red", "refused": "red"}
 _PIPE_WIDTH = 120
@@ -193,6 +198,65 @@ class Output:
             )
         self._write(json.dumps(environment.to_dict(), indent=2))
 
+    def plan(self, model: str, plan: Plan) -> None:
+        """What `patch --dry-run` would do."""
+        self._out.print(_plan_table(f"Plan for {model}", plan, None))
+        self._write(plan.to_json())
+
+    def patched(self, done: Exported, plan: Plan, figures: Figures | None, reason: str) -> None:
+        """What `patch` did."""
+        self._out.print(_plan_table(f"Patched: {done.path}", plan, figures))
+        if figures is None:
+            self._out.print(escape(f"Not measured: {reason}."))
+        else:
+            from mra_cli.card import damage_words
+
+            self._out.print(escape(f"All together: {', '.join(damage_words(figures.damage))}."))
+        left = f"; left out {', '.join(done.left_out)}" if done.left_out else ""
+        self._out.print(
+            escape(
+                f"{len(done.linked)} files linked, {len(done.copied)} copied in "
+                f"{done.seconds:.1f} s{left}."
+            ),
+            style="dim",
+        )
+        self._out.print(
+            escape(f'Load it: AutoModel.from_pretrained("{done.path}", trust_remote_code=True)')
+        )
+        report = {
+            **asdict(done),
+            "path": str(done.path),
+            "plan": plan.to_dict(),
+            "figures": None if figures is None else figures.to_dict(),
+        }
+        self._write(json.dumps(report, indent=2))
+
+    def verified(self, report: VerifyReport) -> None:
+        """The checks of `verify`."""
+        table = Table(title=escape(f"Checks of {report.path}"))
+        for name in ("check", "result", "found"):
+            table.add_column(name, overflow="fold")
+        results = {True: "[green]ok[/]", False: "[red]failed[/]", None: "[yellow]unknown[/]"}
+        for check in report.checks:
+            table.add_row(escape(check.name), results[check.passed], escape(check.detail))
+        self._out.print(table)
+        self._write(report.to_json())
+
+    def answer(self, answer: Answer) -> None:
+        """The text or the embedding of `run` on stdout, how it came about on stderr."""
+        if answer.text is not None:
+            self._out.print(escape(answer.text), soft_wrap=True)
+        elif answer.embedding is not None:
+            shown = " ".join(f"{x:.4f}" for x in answer.embedding)
+            self._out.print(shown, soft_wrap=True)
+        self._talk.print(
+            f"{answer.tokens} tokens of prompt, {answer.seconds:.1f} s; approximated "
+            f"{answer.approximated} of {answer.calls} attention calls at the plan's sites "
+            "(short ones stay exact)",
+            style="dim",
+        )
+        self._write(json.dumps(asdict(answer), indent=2))
+
     def _write(self, text: str) -> None:
         if self._target is None:
             return
@@ -247,6 +311,25 @@ def _site_table(report: AnalyzeReport) -> Table:
         )
     table.add_section()
     table.add_row("", "mean", "", *_mean_row(report, budgets))
+    return table
+
+
+def _plan_table(title: str, plan: Plan, figures: Figures | None) -> Table:
+    table = Table(title=escape(title))
+    for name in ("#", "site", "method", "budget", "exact below", "density", "error"):
+        table.add_column(name, justify="left" if name in ("site", "method") else "right")
+    found = {} if figures is None else {site.site: site for site in figures.sites}
+    for number, (name, site) in enumerate(plan.sites.items()):
+        figure = found.get(name)
+        table.add_row(
+            str(number),
+            escape(name),
+            site.method.name,
+            f"{site.method.budget:g}",
+            str(site.min_length or "-"),
+            "" if figure is None else f"{figure.density:.3f}",
+            "" if figure is None else f"{figure.error:.3f}",
+        )
     return table
 
 

@@ -13,6 +13,9 @@ from mra_cli.cli.analyze import analyze
 from mra_cli.cli.bench import bench
 from mra_cli.cli.check import check
 from mra_cli.cli.env import env
+from mra_cli.cli.patch import patch
+from mra_cli.cli.run import run
+from mra_cli.cli.verify import verify
 from mra_cli.errors import MraError
 
 app = typer.Typer(
@@ -25,6 +28,9 @@ app.command()(check)
 app.command()(analyze)
 app.command()(bench)
 app.command()(env)
+app.command()(patch)
+app.command()(verify)
+app.command()(run)
 
 
 def _version(wanted: bool) -> None:
