@@ -60,6 +60,8 @@ class Mra:
     def _reason_against_decoding(self, call: AttentionCall, least: int) -> str | None:
         if call.blocks is None:
             return f"{call.n_queries} queries are less than two blocks ({least})"
+        if self.impl == "reference":
+            return "plain torch reads a cache faster than it chooses from it"
         least_cached = _LONG_CACHE * (1 if len(self.config.resolutions) == 2 else 2)
         cached = call.key.numel() + call.value.numel()
         if cached < least_cached:
