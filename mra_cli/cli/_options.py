@@ -40,6 +40,21 @@ SeqLenOption = Annotated[
         show_default="what the model takes, at most 512 for encoders, 1024 for causal models",
     ),
 ]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        help="Site numbers as in 'check' (0,2-4), or parts of names.",
+        show_default="all that can be patched",
+    ),
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of the method, like coarse=per_query."
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Chooses the windows of the text.")]
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Also write JSON; - for JSON alone on stdout."),

@@ -9,9 +9,12 @@ import typer
 
 from mra_cli.cli._options import (
     JsonOption,
+    LayersOption,
     ModelArgument,
     PickleOption,
+    SeedOption,
     SeqLenOption,
+    SettingsOption,
     TrustOption,
     check_writable,
     parse_budgets,
@@ -35,20 +38,8 @@ def patch(
             "--budget", help="Fraction of the scores to compute exactly.", show_default="0.25"
         ),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            help="Site numbers as in 'check' (0,2-4), or parts of names.",
-            show_default="all that can be patched",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting of the method, like coarse=per_query."
-        ),
-    ] = None,
+    layers: LayersOption = None,
+    settings: SettingsOption = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -96,7 +87,7 @@ def patch(
     ] = None,
     seq_len: SeqLenOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 2,
-    seed: Annotated[int, typer.Option("--seed", help="Chooses the windows of the text.")] = 0,
+    seed: SeedOption = 0,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
     allow_pickle: PickleOption = False,
