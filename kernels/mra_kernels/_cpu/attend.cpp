@@ -314,7 +314,9 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
       }
     }
     const int64_t tiles = (call.queries + LANES - 1) / LANES;
-#pragma omp for schedule(dynamic, 1)
+    // Tiles of one row of blocks want the same keys: one thread, so that it has them at hand.
+    const int64_t together = std::max<int64_t>(1, levels[n_levels - 1].side / LANES);
+#pragma omp for schedule(dynamic, together)
     for (int64_t t = 0; t < n_heads * tiles; ++t) {
       const int64_t bh = t / tiles, b = bh / call.heads, h = bh % call.heads;
       const int64_t first = t % tiles * LANES;
