@@ -173,6 +173,22 @@ def test_auto_says_what_ran():
         mra_attention(query, key, value, config=config, impl="native")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("resolutions", [(8, 1), (16, 4, 1)])
+def test_rows_of_more_than_64_blocks(resolutions, causal):
+    generator = torch.Generator().manual_seed(7)
+    query, key = (
+        torch.randint(-3, 4, (1, 2, 1200, 4), generator=generator).float() for _ in range(2)
+    )
+    mask = AttentionMask.causal(1200) if causal else AttentionMask.full(1200, 1200)
+    config = MraAttentionConfig(resolutions=resolutions, budget=0.1, first_blocks=1)
+    arguments = {"config": config, "mask": mask, "scaling": 0.5}
+    ours = mra_attention(query, key, key, impl="native", **arguments).selection
+    theirs = mra_attention(query, key, key, impl="reference", **arguments).selection
+    assert pairs_of(ours) == pairs_of(theirs)
+    assert ours.dot_products == theirs.dot_products
+
+
 def test_long_rows_of_blocks_and_many_heads():
     """More than 64 blocks a row, several groups of heads in flight, every level."""
     query, key, value = make_qkv(

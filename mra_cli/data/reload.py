@@ -4,6 +4,7 @@ Run by `mra_cli.fresh` in a process of its own, in which (unless the job says ot
 no mra_cli. One argument: the job, a JSON file.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -26,14 +27,25 @@ def floats(output):
     return [t for part in parts for t in floats(part)] if isinstance(parts, (list, tuple)) else []
 
 
+def loaded(run):
+    """The model, by transformers alone."""
+    auto_class = getattr(transformers, run["auto_class"])
+    try:
+        return auto_class.from_pretrained(run["path"], **run["options"]).eval()
+    except ModuleNotFoundError:
+        # transformers has just written the modules it imports: Python misses files that come into
+        # a folder within the same tick of the file system's clock as it was last listed.
+        importlib.invalidate_caches()
+        return auto_class.from_pretrained(run["path"], **run["options"]).eval()
+
+
 torch.set_num_threads(job["threads"])
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 answers, errors = {}, {}
 for name, run in job["runs"].items():
     try:
-        auto_class = getattr(transformers, run["auto_class"])
-        model = auto_class.from_pretrained(run["path"], **run["options"]).eval()
+        model = loaded(run)
         with torch.no_grad():
             output = model(**load_file(run["inputs"]), **run["arguments"])
     except Exception as error:

@@ -14,6 +14,22 @@ constexpr uint32_t FAVOURED = uint32_t{1} << 31;
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 inline void put(uint64_t* bits, int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
 
+inline void put_all(uint64_t* bits, int64_t low, int64_t high) {
+  for (; low < high && low % 64; ++low) put(bits, low);
+  for (; low + 64 <= high; low += 64) bits[low / 64] = ~uint64_t{0};
+  for (; low < high; ++low) put(bits, low);
+}
+
+inline float largest(const float* values, int64_t n) {
+  Lanes best = all(NONE);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) best = larger(best, at(values + i));
+  float result = NONE;
+  for (int lane = 0; lane < LANES; ++lane) result = std::max(result, best[lane]);
+  for (; i < n; ++i) result = std::max(result, values[i]);
+  return result;
+}
+
 // A block pair that may be opened; its rank orders like its score, favoured ones first.
 struct Offer {
   uint32_t rank, cost;
@@ -22,7 +38,7 @@ struct Offer {
   Offer(float score, bool favoured, int64_t price) : cost(static_cast<uint32_t>(price)) {
     uint32_t bits;
     std::memcpy(&bits, &score, sizeof bits);
-    bits = bits >> 31 ? ~bits : bits | uint32_t{1} << 31;
+    bits ^= static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | uint32_t{1} << 31;
     rank = bits >> 1 | (favoured ? FAVOURED : 0);
   }
 };
@@ -181,7 +197,7 @@ struct Step {
     const bool padded = padding(b, row);
     uint64_t *opened = open(head, row), *rest = left(head, row);
     float best = NONE;
-    const auto take = [&](int64_t begin, int64_t end) {
+    const auto look = [&](int64_t begin, int64_t end) {
       for (int64_t col = begin; col < end; ++col) {
         bool cut;
         const int64_t seen = legal(b, row, col, reach, &cut);
@@ -199,16 +215,32 @@ struct Step {
         tally.forced += seen;
       }
     };
+    const auto take = [&](int64_t begin, int64_t end) {
+      const int64_t low = std::max(begin, reach.all_low), high = std::min(end, reach.all_high);
+      if (call.real_before || low >= high) return look(begin, end);
+      look(begin, low);
+      put_all(rest, low, high);  // whole, by the mask's edges alone
+      best = std::max(best, largest(scores + low, high - low));
+      tally.scored += high - low;
+      look(high, end);
+    };
     candidates(head, row, row + 1, reach.any_low, reach.any_high, take);
     const float base = choice.by_row_best ? best : 0;
     const Favoured favoured(level, choice, b, row);
     const Offer* begin = offers;
-    for (int64_t w = 0; w < level.words; ++w)
-      for (uint64_t bits = rest[w]; bits; bits &= bits - 1) {
-        const int64_t col = w * 64 + __builtin_ctzll(bits);
-        const int64_t price = choice.blocks_per_row ? 1 : entries(b, row, col);
-        *offers++ = Offer(scores[col] - base, favoured(col), price);
+    const auto made = [&](int64_t col) {
+      const int64_t price = choice.blocks_per_row ? 1 : entries(b, row, col);
+      return Offer(scores[col] - base, favoured(col), price);
+    };
+    for (int64_t w = 0; w < level.words; ++w) {
+      if (!~rest[w]) {  // so many at once that a plain loop pays
+        for (int64_t i = 0; i < 64; ++i) offers[i] = made(w * 64 + i);
+        offers += 64;
+        continue;
       }
+      for (uint64_t bits = rest[w]; bits; bits &= bits - 1)
+        *offers++ = made(w * 64 + __builtin_ctzll(bits));
+    }
     return offers - begin;
   }
 
