@@ -26,7 +26,7 @@ from mra_cli.measure import (
     relative_error,
     with_peak_bytes,
 )
-from mra_cli.methods import Method
+from mra_cli.methods import Method, check_model, fitting_sites
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
 from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures
@@ -66,12 +66,14 @@ def analyze(
 
     Raises:
         UnsupportedModelError: No site can be patched.
-        InputError: ``layers`` fits no site, or the samples are too short to approximate anything.
+        InputError: ``layers`` fits no site, the method serves none of them (or another model), or
+            the samples are too short to approximate anything.
     """
+    check_model(method, checkpoint.fingerprint)
     started = time.perf_counter()
     progress("finding attention sites", 0, 1)
     sites = find_sites(checkpoint.model, probe(samples))
-    chosen = choose_sites(sites, layers)
+    chosen = fitting_sites(method, choose_sites(sites, layers))
     methods = [method.with_budget(budget) for budget in budgets]
     calls = sum(site.calls for site in chosen) * len(samples.batches)
     total = calls * 2 * len(budgets)
@@ -175,7 +177,7 @@ class _Tally:
     def record(self, site: Site, call: AttentionCall) -> Tensor:
         exact, exact_bytes = with_peak_bytes(call.exact, call.query.device)
         valid, exact_lse = call.valid_rows, call.exact_lse()
-        for method in self.methods:
+        for method in (method.at(site.name) for method in self.methods):
             reason = method.reason_for_exact(call)
             if reason is not None:
                 self._left_exact[site.name] = reason

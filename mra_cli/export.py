@@ -24,7 +24,7 @@ from mra_cli.figures import measure as measure_plan
 from mra_cli.files import DEMOS, Listing, list_files, locate, stamps, weight_bytes
 from mra_cli.host import auto_classes
 from mra_cli.inputs import DEFAULT_TEXT_NAME, dry_run, make_samples, position_limit
-from mra_cli.methods import Method
+from mra_cli.methods import Method, check_model, fitting_sites
 from mra_cli.plan import Plan
 from mra_cli.remote import CONFIG_KEY, write_strict
 from mra_cli.runtime import code_files, implementation_name
@@ -133,8 +133,8 @@ def prepare(
         name, checkpoint.model, checkpoint.tokenizer, path, checkpoint.fingerprint
     )
     if plan is None:
-        plan = Plan.uniform(choose_sites(sites, layers), method)
-    _check_plan(plan, checkpoint.model, sites)
+        plan = Plan.uniform(fitting_sites(method, choose_sites(sites, layers)), method)
+    _check_plan(plan, checkpoint, sites)
     if min_length is not None:
         plan = plan.with_min_length(min_length)
     return Prepared(checkpoint, path, sites, plan, before, allow_pickle)
@@ -317,7 +317,8 @@ def _check_native(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _check_plan(plan: Plan, model: PreTrainedModel, sites: list[Site]) -> None:
+def _check_plan(plan: Plan, checkpoint: Checkpoint, sites: list[Site]) -> None:
+    model = checkpoint.model
     if not plan.sites:
         raise InputError("a plan must name at least one attention site, got none")
     modules = dict(model.named_modules())
@@ -325,8 +326,15 @@ def _check_plan(plan: Plan, model: PreTrainedModel, sites: list[Site]) -> None:
     # What takes no part in a run on text alone (the picture's part of it) can't be told here.
     parts = [getattr(model.config, key, None) for key in model.config.sub_configs or ()]
     several = sum(part is not None for part in parts) > 1
-    for name in plan.sites:
+    for name, entry in plan.sites.items():
+        check_model(entry.method, checkpoint.fingerprint)
+        if entry.method.about.calibrated:
+            raise InputError(
+                f"a patched checkpoint can't carry the calibration of {entry.method.name} (site "
+                f"{name}); use another method there, or mra_cli.patching.patched in Python"
+            )
         if name in known:
+            fitting_sites(entry.method, [known[name]])
             if known[name].verdict == "refused":
                 raise InputError(f"the plan's site {name} can't be patched: {known[name].reason}")
         elif not several or name not in modules:

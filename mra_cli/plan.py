@@ -49,12 +49,12 @@ class Plan:
 
     @classmethod
     def uniform(cls, sites: Iterable[Site], method: Method) -> Plan:
-        """The same method at every site that can be patched."""
+        """The same method at every site that can be patched and is of a kind that it serves."""
         return cls(
             {
-                site.name: SitePlan(method, site.is_cross, site.grid)
+                site.name: SitePlan(method.at(site.name), site.is_cross, site.grid)
                 for site in sites
-                if site.verdict == "patch"
+                if site.verdict == "patch" and site.kind in method.about.patterns
             }
         )
 
@@ -120,7 +120,7 @@ def _site_plan(site: str, entry: Any) -> SitePlan:
             f"'is_cross', two lengths or null for 'grid' and a length for 'min_length'; got {entry}"
         )
     try:
-        method = make_method(name, budget, rest)
+        method = make_method(name, budget, rest).at(site)
     except (InputError, TypeError) as error:
         raise InputError(f"plan entry {site}: {error}") from error
     return SitePlan(method, cross, tuple(grid) if grid else None, min_length)

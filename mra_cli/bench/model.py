@@ -26,7 +26,7 @@ from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage, Judge
 from mra_cli.inputs import Samples, dry_run, make_samples, position_limit
 from mra_cli.measure import elapsed_ms, with_resident_bytes
-from mra_cli.methods import Method, reason_against_impl
+from mra_cli.methods import Method, check_model, fitting_sites, reason_against_impl
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
 from mra_cli.sites import Site, find_sites
@@ -95,11 +95,13 @@ def sites_to_patch(checkpoint: Checkpoint, setup: ModelSetup) -> list[Site]:
 
     Raises:
         UnsupportedModelError: None can be.
-        InputError: ``layers`` names none, or an implementation that was asked for can't serve.
+        InputError: ``layers`` names none, or a method or an implementation can't serve.
     """
     sites = choose_sites(find_sites(checkpoint.model, dry_run(checkpoint)), setup.layers)
     call = outline(sites[0], 256, checkpoint.dtype, checkpoint.device)
     for method in setup.methods:
+        check_model(method, checkpoint.fingerprint)
+        fitting_sites(method, sites)
         reason = reason_against_impl(method, call)
         if reason is not None:
             raise InputError(f"--impl can't serve {checkpoint.name}: {reason}; leave it out")
@@ -214,7 +216,7 @@ def _row(
         n_tokens=length,
         method=method.name,
         budget=method.budget,
-        sites=len(sites),
+        sites=len(plan.sites),
         exact_prefill_ms=statistics.median(r.prefill_ms for r in firsts),
         method_prefill_ms=statistics.median(r.prefill_ms for r in seconds),
         exact_first_ms=_median([r.first_ms for r in firsts]),

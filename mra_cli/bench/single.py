@@ -96,8 +96,8 @@ def cases(workload: Workload, setup: BenchSetup) -> list[Case]:
             except InputError as error:
                 refusal = str(error)
             for method, setting in _candidates(setup, call):
-                reason = refusal
-                if call is not None:
+                reason = refusal or _reason_against(method, pattern)
+                if reason is None and call is not None:
                     reason = reason_against_impl(method, call, backward=setup.backward)
                     if reason is None and not setup.decode:  # which has no blocks of queries
                         reason = method.reason_for_exact(call)
@@ -316,6 +316,15 @@ def _candidates(setup: BenchSetup, call: AttentionCall | None) -> Iterator[tuple
             rows = math.prod(call.query.shape[:3])
             budget = min(1.0, setup.keys_per_row * rows / max(1, call.legal_entries))
         yield method.with_budget(budget), setting
+
+
+def _reason_against(method: Method, pattern: str) -> str | None:
+    """Why a method can't run on calls of a pattern, whatever their shape."""
+    if method.about.calibrated:
+        return f"{method.name} was calibrated for a model; time that: mra-cli bench MODEL"
+    if pattern not in method.about.patterns:
+        return f"{method.name} serves {', '.join(method.about.patterns)} attention"
+    return None
 
 
 def _peak_bytes(function: Callable[[], object], device: torch.device) -> int:

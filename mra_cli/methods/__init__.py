@@ -4,51 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Protocol, cast, get_args
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from torch import Tensor
-
-from mra_cli.calls import AttentionCall, AttentionResult
+from mra_cli.calls import AttentionCall
 from mra_cli.errors import InputError
+from mra_cli.methods.base import Method, setting
 from mra_cli.methods.mra import Mra
 from mra_kernels import PRESETS, implementations, native
 from mra_kernels.api import Impl
 
+if TYPE_CHECKING:
+    from mra_cli.sites import Site
 
-class Method(Protocol):
-    """A way to approximate one attention call; a frozen dataclass."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def budget(self) -> float: ...
-
-    def with_budget(self, budget: float) -> Method: ...
-
-    def reason_for_exact(self, call: AttentionCall) -> str | None:
-        """Why this call is better left exact (or has to be); None if it need not."""
-
-    def settings(self) -> dict[str, Any]:
-        """Everything needed to make this method again with `make_method`, JSON types only."""
-
-    def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
-        """Multiply-adds this took in matrix products: scores (pooled ones, too) and weighting of
-        values; exact attention takes ``legal_entries * (D + Dv)``."""
-
-    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
-        """The first ``heads`` heads of ``result.output``, by plain torch in float64 from the same
-        plan: what the result should be but for rounding."""
-
-    def __call__(self, call: AttentionCall) -> AttentionResult: ...
-
-
-_NOT_SETTINGS = ("budget", "blocks_per_row", "grid")  # said by --budget, or by the site
+__all__ = ["METHODS", "REFUSED", "Method", "make_method", "make_methods", "with_impl"]
 
 METHODS: dict[str, Method] = {name: Mra(name, config) for name, config in PRESETS.items()}
 
+REFUSED: dict[str, str] = {
+    "reformer": "it shares one projection between queries and keys, which the model does not; "
+    "smyrf hashes both as they are",
+    "soft": "its Gaussian kernel of shared queries and keys is no softmax",
+    "yoso": "its Bernoulli weights are of normalised queries and keys, and are no softmax",
+    "cosformer": "its cosine-weighted ReLU kernel is no softmax",
+    "cloudattention": "it is an architecture for point clouds, not attention over sequences",
+    "linformer": "random projections of keys are no use (error 2.9), they have to be learned",
+}
+"""Methods that no checkpoint can be approximated with as it is, and why."""
 
-def make_method(name: str, budget: float, options: dict[str, Any] | None = None) -> Method:
+
+def make_method(name: str, budget: float, options: Mapping[str, Any] | None = None) -> Method:
     """The method ``name`` at ``budget``, with some of its settings changed.
 
     Args:
@@ -57,6 +42,8 @@ def make_method(name: str, budget: float, options: dict[str, Any] | None = None)
     Raises:
         InputError: No such method or setting, or a value out of range.
     """
+    if name in REFUSED and name not in METHODS:
+        raise InputError(f"{name} needs a model trained with it: {REFUSED[name]}; choose another")
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
         raise InputError(
@@ -64,32 +51,61 @@ def make_method(name: str, budget: float, options: dict[str, Any] | None = None)
             f"did you mean {close!r}?"
         )
     method = METHODS[name].with_budget(budget)
-    assert isinstance(method, Mra)
-    fields = dataclasses.fields(method.config)
-    known = {f.name: f.default for f in fields if f.name not in _NOT_SETTINGS}
     changes = {}
     for key, value in (options or {}).items():
-        if key not in known:
-            raise InputError(
-                f"{name} has the settings {', '.join(known)}; got {key!r}; leave it out"
-            )
-        changes[key] = _parsed(key, value, known[key]) if isinstance(value, str) else value
-        if isinstance(changes[key], list):
-            changes[key] = tuple(changes[key])
+        if key not in method.knobs:
+            close_keys = difflib.get_close_matches(key, method.knobs, n=1)
+            advice = f"did you mean {close_keys[0]!r}?" if close_keys else "leave it out"
+            known = ", ".join(method.knobs) or "no settings"
+            raise InputError(f"{name} has the settings {known}; got {key!r}; {advice}")
+        changes[key] = setting(key, value, method.knobs[key])
     try:
-        return dataclasses.replace(method, config=dataclasses.replace(method.config, **changes))
+        return method.with_settings(changes)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def make_methods(names: str, budget: float, options: dict[str, Any], impl: str) -> list[Method]:
+def make_methods(names: str, budget: float, options: Mapping[str, Any], impl: str) -> list[Method]:
     """Several methods: names separated by commas, or ``all``; otherwise as `make_method`.
+
+    ``all`` leaves out methods that need a calibration, which has to be named.
 
     Args:
         impl: See `with_impl`.
     """
-    wanted = METHODS if names == "all" else dict.fromkeys(n.strip() for n in names.split(","))
-    return [with_impl(make_method(name, budget, dict(options)), impl) for name in wanted]
+    wanted = (
+        [name for name, method in METHODS.items() if not method.about.calibrated]
+        if names == "all"
+        else list(dict.fromkeys(n.strip() for n in names.split(",")))
+    )
+    return [with_impl(make_method(name, budget, options), impl) for name in wanted]
+
+
+def fitting_sites(method: Method, sites: Iterable[Site]) -> list[Site]:
+    """Those of the sites whose kind the method can serve.
+
+    Raises:
+        InputError: None of them.
+    """
+    sites = list(sites)
+    found = [site for site in sites if site.kind in method.about.patterns]
+    if not found:
+        raise InputError(
+            f"{method.name} serves {', '.join(method.about.patterns)} attention, and these sites "
+            f"are {', '.join(sorted({site.kind for site in sites}))}; choose another method"
+        )
+    return found
+
+
+def check_model(method: Method, fingerprint: str) -> None:
+    """Refuse a method that was calibrated on another model.
+
+    Raises:
+        InputError: It was.
+    """
+    reason = method.reason_against_model(fingerprint)
+    if reason is not None:
+        raise InputError(reason)
 
 
 def with_impl(method: Method, impl: str) -> Method:
@@ -124,16 +140,3 @@ def reason_against_impl(
         return "native has no gradients"
     tensors = call.query, call.key, call.value, call.sinks, call.bias
     return native.reason_against(*tensors, mask=call.mask)
-
-
-def _parsed(key: str, text: str, default: Any) -> Any:
-    """A setting's value from text: numbers, comma-separated numbers, or words."""
-    if isinstance(default, str):
-        return text
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{key} must be a number or numbers like 32,1; got {text!r}") from None
-    if not isinstance(default, tuple) and len(numbers) > 1:
-        raise InputError(f"{key} must be one number; got {text!r}")
-    return numbers if isinstance(default, tuple) else numbers[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
+from mra_cli.methods.base import About, knobs_of
 from mra_kernels import MraAttentionConfig, MraResult, mra_attention, native
 from mra_kernels.api import Impl
 from mra_kernels.selection import Selection
@@ -18,6 +20,15 @@ _LONG_CACHE = 1 << 22
 """Numbers in a KV cache from which on choosing blocks pays for a new token, with two levels: about
 4096 keys of 8 heads of 64, or 11 000 of 3 (`mra-cli bench --decode`). Smaller final blocks, of
 three levels, are read in smaller pieces, which pays from twice as many on."""
+
+_NOT_KNOBS = ("budget", "blocks_per_row", "grid")  # said by --budget, or by the site
+
+_ABOUT = About(
+    summary="blocks scored at low resolution, the best of them computed exactly",
+    source="Zeng et al., ICML 2022, arXiv 2207.10284",
+    patterns=("NS", "CS", "NC", "CC"),
+    cost="N^2 / block^2 pooled scores, then N x keys kept",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,28 @@ class Mra:
             return dataclasses.replace(self, config=dataclasses.replace(self.config, budget=budget))
         except ValueError as error:
             raise InputError(str(error)) from error
+
+    @property
+    def about(self) -> About:
+        """What the method is, and can do."""
+        return _ABOUT
+
+    @property
+    def knobs(self) -> Mapping[str, Any]:
+        """Settings beside the budget, and their types."""
+        return knobs_of(MraAttentionConfig, _NOT_KNOBS)
+
+    def with_settings(self, changes: Mapping[str, Any]) -> Mra:
+        """The same method with these knobs turned."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+    def at(self, site: str) -> Mra:
+        """The same everywhere."""
+        return self
+
+    def reason_against_model(self, fingerprint: str) -> str | None:
+        """Nothing here was fitted to one model."""
+        return None
 
     def reason_for_exact(self, call: AttentionCall) -> str | None:
         """Why this call is better left exact (or has to be); None if it need not."""
