@@ -1,7 +1,7 @@
 """Multi-resolution attention (MRA) operators: torch only, no transformers."""
 
 from mra_kernels.api import Impl, MraResult, implementations, mra_attention
-from mra_kernels.config import PRESETS, MraAttentionConfig
+from mra_kernels.config import PRESETS, MraAttentionConfig, MraKeysConfig
 from mra_kernels.decode import KeyPyramid
 from mra_kernels.exact import exact_attention, exact_with_lse
 from mra_kernels.masks import AttentionMask
@@ -13,6 +13,7 @@ __all__ = [
     "Impl",
     "KeyPyramid",
     "MraAttentionConfig",
+    "MraKeysConfig",
     "MraResult",
     "ScoreRule",
     "exact_attention",

@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from mra_kernels import native
-from mra_kernels.config import MraAttentionConfig
+from mra_kernels import native, native_keys
+from mra_kernels.config import MraAttentionConfig, MraKeysConfig
 from mra_kernels.decode import KeyPyramid
+from mra_kernels.keys import KeyChoice, keys_reference
 from mra_kernels.layout import BlockLayout
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import mra_reference
@@ -26,13 +27,13 @@ class MraResult:
     Attributes:
         output: ``[B, H, N, Dv]``, dtype of ``value``.
         lse: Log-sum-exp of the exactly computed logits, ``[B, H, N]``; -inf for rows with none.
-        selection: Which blocks were exact, and the density reached.
+        selection: Which blocks, or keys, were exact, and the density reached.
         impl: The implementation that ran.
     """
 
     output: Tensor
     lse: Tensor
-    selection: Selection
+    selection: Selection | KeyChoice
     impl: str
 
 
@@ -41,14 +42,14 @@ def mra_attention(
     key: Tensor,
     value: Tensor,
     *,
-    config: MraAttentionConfig,
+    config: MraAttentionConfig | MraKeysConfig,
     mask: AttentionMask | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     impl: Impl = "auto",
-    selection: Selection | None = None,
+    selection: Selection | KeyChoice | None = None,
     pyramid: KeyPyramid | None = None,
 ) -> MraResult:
     """Multi-resolution attention (arXiv 2207.10284) on any shape, mask and head grouping.
@@ -57,7 +58,7 @@ def mra_attention(
         query: ``[B, H, N, D]``, any float dtype.
         key: ``[B, Hkv, M, D]``, Hkv dividing H; not repeated for grouped queries.
         value: ``[B, Hkv, M, Dv]``.
-        config: Resolutions, budget, coarse term, priors.
+        config: Which of the two operators, and its settings.
         mask: Who may see whom; None: everyone.
         scaling: Factor on ``q . k``; None: ``D ** -0.5``.
         softcap: Soft-cap of the logits.
@@ -65,10 +66,10 @@ def mra_attention(
         bias: Added to the logits, ``[B or 1, H or 1, N, M]``.
         impl: ``reference`` (plain torch, every device and dtype, gradients), ``native`` (C++ on
             CPUs), or ``auto``: the fastest that can take the call, named in the result.
-        selection: The blocks to open, from another call with the same config and mask, instead of
-            choosing them; ``reference`` only.
-        pyramid: Block means of these keys and values, kept from call to call (`KeyPyramid`);
-            implementations that cannot use it work them out.
+        selection: The blocks or keys to open, from another call with the same config and mask,
+            instead of choosing them; ``reference`` only.
+        pyramid: Block means of these keys and values, kept from call to call (`KeyPyramid`), for a
+            `MraAttentionConfig`; implementations that cannot use it work them out.
 
     Raises:
         ValueError: Shapes, dtypes, mask or grid do not fit together, or ``impl`` can't take them.
@@ -78,15 +79,14 @@ def mra_attention(
     _check(query, key, value, mask, sinks, bias)
     mask = mask or AttentionMask.full(query.shape[2], key.shape[2], device=query.device)
     layout = None
-    if pyramid is not None and (
-        pyramid.sides != config.resolutions[:-1] or config.grid is not None
-    ):
+    sides = config.resolutions if isinstance(config, MraAttentionConfig) else (config.rows, 1)
+    if pyramid is not None and (pyramid.sides != sides[:-1] or config.grid is not None):
         raise ValueError(
-            f"pyramid must have blocks of {config.resolutions[:-1]} and no grid, got "
-            f"{pyramid.sides} with grid {config.grid}; make one for this config"
+            f"pyramid must have blocks of {sides[:-1]} and no grid, got {pyramid.sides} with grid "
+            f"{config.grid}; make one for this config"
         )
     if config.grid is not None:
-        layout = _image_layout(query, key, mask, bias, config)
+        layout = _image_layout(query, key, mask, bias, config.grid, sides)
         query, key, value = (layout.blocked(x) for x in (query, key, value))
         slots = layout.filled.numel()
         filled = layout.filled[None].expand(query.shape[0], -1)
@@ -95,17 +95,23 @@ def mra_attention(
         mask = AttentionMask(full.start, full.stop * layout.filled, slots, filled, filled)
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, bias)
     impl = _resolved(impl, (query, key, value, sinks, bias), mask, selection)
-    if impl == "native":
-        output, lse, selection = native.mra_native(
-            query, key, value, mask, config, rule, sinks, pyramid
-        )
+    call = query, key, value, mask
+    plan: Selection | KeyChoice
+    if isinstance(config, MraKeysConfig):
+        assert not isinstance(selection, Selection)
+        if impl == "native":
+            output, lse, plan = native_keys.keys_native(*call, config, rule, sinks)
+        else:
+            output, lse, plan = keys_reference(*call, config, rule, sinks, selection)
     else:
-        output, lse, selection = mra_reference(
-            query, key, value, mask, config, rule, sinks, selection
-        )
+        assert not isinstance(selection, KeyChoice)
+        if impl == "native":
+            output, lse, plan = native.mra_native(*call, config, rule, sinks, pyramid)
+        else:
+            output, lse, plan = mra_reference(*call, config, rule, sinks, selection)
     if layout is not None:
         output, lse = layout.restored(output), layout.restored(lse)
-    return MraResult(output, lse, selection, impl)
+    return MraResult(output, lse, plan, impl)
 
 
 def implementations() -> dict[str, str | None]:
@@ -117,7 +123,7 @@ def _resolved(
     impl: Impl,
     tensors: tuple[Tensor | None, ...],
     mask: AttentionMask,
-    selection: Selection | None,
+    selection: Selection | KeyChoice | None,
 ) -> Impl:
     if impl == "reference":
         return impl
@@ -134,9 +140,9 @@ def _image_layout(
     key: Tensor,
     mask: AttentionMask,
     bias: Tensor | None,
-    config: MraAttentionConfig,
+    grid: tuple[int, int],
+    sides: tuple[int, ...],
 ) -> BlockLayout:
-    assert config.grid is not None
     if query.shape[2] != key.shape[2] or not mask.is_full or bias is not None:
         raise ValueError(
             "grid is for unmasked self-attention over the tokens of an image, without bias; got "
@@ -144,7 +150,7 @@ def _image_layout(
             f"{'no mask' if mask.is_full else 'a mask'}, {'no' if bias is None else 'a'} bias; "
             "leave grid out of the config here"
         )
-    return BlockLayout.image(query.shape[2], config.grid, config.resolutions, query.device)
+    return BlockLayout.image(query.shape[2], grid, sides, query.device)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The one frozen description of an MRA attention operator."""
+"""Frozen descriptions of the MRA attention operators."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal, get_args
 Coarse = Literal["pooled", "per_query", "none"]
 Score = Literal["row", "mu"]
 Scope = Literal["head", "row"]
+Tail = Literal["tilted", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class MraAttentionConfig:
                 "resolutions must go from coarse to fine, each dividing the one before, and end "
                 f"in 1, like (32, 1) or (16, 4, 1); got {sides}"
             )
-        if not 0.0 < self.budget <= 1.0:
-            raise ValueError(f"budget must be in (0, 1], got {self.budget}")
+        _check_budget(self.budget)
         if self.blocks_per_row is not None and (self.blocks_per_row < 1 or len(sides) != 2):
             raise ValueError(
                 "blocks_per_row must be at least 1 and needs two resolutions like (32, 1); got "
@@ -74,8 +74,7 @@ class MraAttentionConfig:
         for name in ("first_blocks", "diagonal_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            raise ValueError(f"grid must be (height, width) in tokens, got {self.grid}")
+        _check_grid(self.grid)
 
     def area(self, step: int) -> float:
         """Fraction of the legal entries that step ``step`` (0: the coarsest) may open.
@@ -85,11 +84,81 @@ class MraAttentionConfig:
         return float(self.budget ** ((step + 1) / (len(self.resolutions) - 1)))
 
 
-PRESETS: dict[str, MraAttentionConfig] = {
+@dataclass(frozen=True)
+class MraKeysConfig:
+    """Multi-resolution attention over blocks of ``rows`` queries by a single key, for checkpoints
+    that were not trained with it.
+
+    A block of queries opens single keys: those that matter most to any one of its queries, as far
+    as a few features of queries and keys tell. The keys it leaves behind stay at the low
+    resolution, at the score of its mean query (`MraAttentionConfig`'s ``pooled``, with blocks that
+    are not square), which the clustered attention of Vyas et al. (arXiv 2007.04825) does to
+    clusters of queries, too; ``tilted`` corrects that for each query to first order.
+
+    Attributes:
+        rows: Queries per block.
+        budget: Fraction in (0, 1] of the legal (unmasked) score entries that may be exact.
+        rank: Features, of those that carry most of ``query . key``, from which scores are
+            estimated; at ``head_dim`` and above they are exact.
+        tail: What keys left behind contribute. ``pooled``: one score for all queries of a block.
+            ``tilted``: their log-sum-exp at the mean query, and its gradient times a query's
+            distance from the mean.
+        first_keys: Prior: so many first keys go first.
+        head_budgets: A budget for each query head instead of the same for all.
+        grid: As in `MraAttentionConfig`.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
+
+    rows: int = 16
+    budget: float = 0.25
+    rank: int = 16
+    tail: Tail = "tilted"
+    first_keys: int = 16
+    head_budgets: tuple[float, ...] | None = None
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.first_keys < 0:
+            raise ValueError(f"first_keys must be at least 0, got {self.first_keys}")
+        if self.tail not in get_args(Tail):
+            raise ValueError(f"tail must be one of {', '.join(get_args(Tail))}; got {self.tail!r}")
+        for budget in (self.budget, *(self.head_budgets or ())):
+            _check_budget(budget)
+        _check_grid(self.grid)
+
+    def budget_of_heads(self, heads: int) -> tuple[float, ...]:
+        """The budget of each query head.
+
+        Raises:
+            ValueError: ``head_budgets`` are for another number of heads.
+        """
+        budgets = self.head_budgets or (self.budget,) * heads
+        if len(budgets) != heads:
+            raise ValueError(f"head_budgets must be {heads} numbers, one a head, got {len(budgets)}")
+        return budgets
+
+
+def _check_budget(budget: float) -> None:
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(f"budget must be in (0, 1], got {budget}")
+
+
+def _check_grid(grid: tuple[int, int] | None) -> None:
+    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+        raise ValueError(f"grid must be (height, width) in tokens, got {grid}")
+
+
+PRESETS: dict[str, MraAttentionConfig | MraKeysConfig] = {
+    "mra": MraKeysConfig(),
     "mra2": MraAttentionConfig(),
     "mra2s": MraAttentionConfig(coarse="none"),
-    "mra": MraAttentionConfig(resolutions=(16, 4, 1), coarse="per_query", first_blocks=1),
+    "mra3": MraAttentionConfig(resolutions=(16, 4, 1), coarse="per_query", first_blocks=1),
 }
-"""Named starting points: the paper's MRA-2 and MRA-2-s, and our own three-level recipe, made for
-checkpoints that were not trained with it: the first tokens, on which pretrained models park
-attention, go first in its budget (README, 'Methods')."""
+"""Named starting points: our recipe for checkpoints as they are; the paper's MRA-2 and MRA-2-s; and
+a three-level analysis whose budget goes to the first tokens first, on which pretrained models park
+attention (README, 'Methods')."""

@@ -6,16 +6,26 @@ so blocks whose scores agree to the last bits may change places.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import time
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import byref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mra_kernels import _build
+from mra_kernels._library import (
+    ChoiceStruct,
+    LevelStruct,
+    ScratchStruct,
+    bias_of,
+    block_means,
+    call_of,
+    floats,
+    library,
+    rows_of,
+)
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
@@ -42,7 +52,7 @@ def build() -> float:
     """
     before = time.perf_counter()
     known = _build.is_cached()
-    _library()
+    library()
     return 0.0 if known else time.perf_counter() - before
 
 
@@ -65,7 +75,7 @@ def reason_against(*tensors: Tensor | None, mask: AttentionMask | None = None) -
 @functools.cache
 def _unusable() -> str | None:
     try:
-        _library()
+        library()
     except (RuntimeError, OSError) as error:
         return str(error)
     return None
@@ -91,7 +101,7 @@ def mra_native(
     lse = q.new_empty(batch_size, heads, n_queries)
     rule = ScoreRule(rule.scaling, rule.softcap, None if rule.bias is None else floats(rule.bias))
     keep: list[Any] = [q, k, v, output, lse, rule]  # what the pointers below point to
-    call = _call(q, k, v, output, lse, mask, rule, sinks, keep)
+    call = call_of(q, k, v, output, lse, mask, rule, sinks, keep)
 
     sides = config.resolutions[:-1]
     valid_q, valid_k = mask.pooled_tokens(sides[0])
@@ -101,7 +111,7 @@ def mra_native(
     else:
         pooled_k = block_means(k, valid_k, sides)
         pooled_v = pooled_k if config.coarse == "none" else block_means(v, valid_k, sides)
-    opened, left, largest, levels = [], [], 0, (_Level * len(sides))()
+    opened, left, largest, levels = [], [], 0, (LevelStruct * len(sides))()
     for step, side in enumerate(sides):
         rows, cols = pooled_q[side].shape[2], pooled_k[side].shape[2]
         bits = q.new_zeros((2, batch_size * heads, rows, -(-cols // 64)), dtype=torch.int64)
@@ -116,7 +126,7 @@ def mra_native(
             keep.append(parts)
         largest = max(largest, rows * cols)
     padding = mask.blocks(sides[0], batch_size).padding
-    choice = _Choice(
+    choice = ChoiceStruct(
         config.score == "row",
         config.scope == "row",
         config.blocks_per_row or 0,
@@ -129,13 +139,12 @@ def mra_native(
     # A head per thread at least is worked on at a time.
     group = min(batch_size * heads, max(torch.get_num_threads(), _OFFERS // largest))
     offers = q.new_empty(group * largest, dtype=torch.int64)
-    scratch = _Scratch(offers.data_ptr(), group)
+    scratch = ScratchStruct(offers.data_ptr(), group)
     tally = q.new_zeros((batch_size * heads, 4), dtype=torch.int64)
-    library = _library()
-    library.mra_select(
+    library().mra_select(
         byref(call), levels, len(sides), byref(choice), byref(scratch), tally.data_ptr()
     )
-    library.mra_attend(byref(call), levels, len(sides), _COARSE[config.coarse])
+    library().mra_attend(byref(call), levels, len(sides), _COARSE[config.coarse])
     output = for_blind_rows(output, v, mask, sinks)
 
     def figures() -> tuple[Tensor, Tensor, int]:
@@ -175,131 +184,6 @@ def _listed(
     return BlockPairs(side, head, row, col, legal, pair_logits(pairs, queries, keys, mask, rule))
 
 
-def block_means(
-    tokens: Tensor,
-    valid: Tensor | None,
-    sides: tuple[int, ...],
-    into: dict[int, Tensor] | None = None,
-) -> dict[int, Tensor]:
-    """`block_pyramid` of float32 tokens of any length, in one pass.
-
-    Args:
-        tokens: ``[B, H, n, d]``, adjacent features.
-        valid: False for padding, bool ``[B or 1, n]``; None: all real.
-        sides: Block sides from coarse to fine.
-        into: Where to write, ``[B, H, n / side or more, d]`` per side; None: new tensors.
-    """
-    batch_size, heads, n, width = tokens.shape
-    if into is None:
-        into = {s: tokens.new_empty(batch_size, heads, -(-n // s), width) for s in sides}
-    if valid is not None:
-        valid = valid.contiguous()
-    _library().mra_pool(
-        byref(_rows(tokens)),
-        *(batch_size, heads, n, width),
-        None if valid is None else valid.data_ptr(),
-        0 if valid is None or valid.shape[0] == 1 else n,
-        len(sides),
-        (c_int64 * len(sides))(*sides),
-        (_Rows * len(sides))(*(_rows(into[side]) for side in sides)),
-        torch.get_num_threads(),
-    )
-    return into
-
-
-# --- what C++ sees; field by field as in _cpu/call.h -----------------------------------------
-
-
-class _Rows(Structure):
-    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
-
-
-class _Bias(Structure):
-    _fields_ = [*_Rows._fields_, ("col", c_int64)]
-
-
-class _Call(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys")),
-        *((name, c_int64) for name in ("width", "value_width", "threads")),
-        *((name, _Rows) for name in ("query", "key", "value")),
-        ("start", c_void_p),
-        ("stop", c_void_p),
-        ("interval_batch", c_int64),
-        ("real_before", c_void_p),
-        ("real_batch", c_int64),
-        ("bias", _Bias),
-        *((name, c_void_p) for name in ("sinks", "output", "lse")),
-        ("scaling", c_double),
-        ("softcap", c_double),
-    ]
-
-
-class _Level(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("side", "rows", "cols", "words")),
-        *((name, _Rows) for name in ("query", "key", "value")),
-        ("pair_bias", _Bias),
-        ("query_bias", _Bias),
-        *((name, c_void_p) for name in ("n_queries", "n_keys", "entries", "log_keys")),
-        *((name, c_void_p) for name in ("first_row", "first_col", "open", "left")),
-        ("area", c_double),
-        ("parts", c_void_p),
-    ]
-
-
-class _Choice(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("by_row_best", "per_row", "blocks_per_row")),
-        *((name, c_int64) for name in ("first_blocks", "diagonal_blocks", "offset", "leave_none")),
-        ("padding", c_void_p),
-    ]
-
-
-class _Scratch(Structure):
-    _fields_ = [("offers", c_void_p), ("heads", c_int64)]
-
-
-def _call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    mask: AttentionMask,
-    rule: ScoreRule,
-    sinks: Tensor | None,
-    keep: list[Any],
-) -> _Call:
-    batch_size, heads, n_queries, width = query.shape
-    start, stop = mask.start.contiguous(), mask.stop.contiguous()
-    real = mask.real_before
-    sinks = None if sinks is None else sinks.float().contiguous()
-    keep += [start, stop, real, sinks]
-    return _Call(
-        batch_size,
-        heads,
-        key.shape[1],
-        n_queries,
-        key.shape[2],
-        width,
-        value.shape[3],
-        torch.get_num_threads(),
-        *map(_rows, (query, key, value)),
-        start.data_ptr(),
-        stop.data_ptr(),
-        n_queries if start.shape[0] > 1 else 0,
-        None if real is None else real.data_ptr(),
-        0 if real is None or real.shape[0] == 1 else real.shape[1],
-        _bias(rule.bias),
-        None if sinks is None else sinks.data_ptr(),
-        output.data_ptr(),
-        lse.data_ptr(),
-        rule.scaling,
-        rule.softcap or 0.0,
-    )
-
-
 def _level(
     side: int,
     tokens: tuple[Tensor, Tensor, Tensor],
@@ -309,58 +193,23 @@ def _level(
     config: MraAttentionConfig,
     batch_size: int,
     keep: list[Any],
-) -> _Level:
+) -> LevelStruct:
     facts = mask.blocks(side, batch_size)
     pair_bias = rule.block_bias(mask, side, per_query=False)
     per_query = config.coarse == "per_query"
     query_bias = rule.block_bias(mask, side, per_query=True) if per_query else None
     keep += [tokens, bits, pair_bias, query_bias]
     described = (facts.n_queries, facts.n_keys, facts.entries, facts.log_keys)
-    return _Level(
+    return LevelStruct(
+        side,
         side,
         tokens[0].shape[2],
         tokens[1].shape[2],
         bits.shape[-1],
-        *map(_rows, tokens),
-        _bias(pair_bias),
-        _bias(query_bias),
+        *map(rows_of, tokens),
+        bias_of(pair_bias),
+        bias_of(query_bias),
         *(x.data_ptr() for x in (*described, facts.first_row, facts.first_col)),
         bits[0].data_ptr(),
         bits[1].data_ptr(),
     )
-
-
-def floats(tensor: Tensor) -> Tensor:
-    """In float32 with adjacent features; a view where it is so already."""
-    tensor = tensor.detach().float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _rows(tensor: Tensor) -> _Rows:
-    return _Rows(tensor.data_ptr(), *tensor.stride()[:3])
-
-
-def _bias(bias: Tensor | None) -> _Bias:
-    if bias is None:
-        return _Bias()
-    strides = (
-        0 if size == 1 and dim < 2 else stride
-        for dim, (size, stride) in enumerate(zip(bias.shape, bias.stride(), strict=True))
-    )
-    return _Bias(bias.data_ptr(), *strides)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build.compiled()))
-    one, many = c_int64, c_void_p
-    library.mra_select.argtypes = [
-        *(POINTER(_Call), POINTER(_Level), one, POINTER(_Choice), POINTER(_Scratch), many)
-    ]
-    library.mra_attend.argtypes = [POINTER(_Call), POINTER(_Level), one, one]
-    library.mra_pool.argtypes = [
-        *(POINTER(_Rows), one, one, one, one, many, one, one, POINTER(one), POINTER(_Rows), one),
-    ]
-    for function in (library.mra_select, library.mra_attend, library.mra_pool):
-        function.restype = None
-    return library

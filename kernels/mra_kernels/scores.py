@@ -37,13 +37,13 @@ class ScoreRule:
         """
         if self.bias is None:
             return None
-        bias = _block_mean(self.bias, mask.key_valid, side)
+        bias = block_mean(self.bias, mask.key_valid, side)
         if per_query:
             return bias
-        return _block_mean(bias.transpose(2, 3), None, side).transpose(2, 3)
+        return block_mean(bias.transpose(2, 3), None, side).transpose(2, 3)
 
 
-def _block_mean(values: Tensor, valid: Tensor | None, side: int) -> Tensor:
+def block_mean(values: Tensor, valid: Tensor | None, side: int) -> Tensor:
     """Means over blocks of the last dimension, real entries only."""
     length = values.shape[-1]
     if valid is None:

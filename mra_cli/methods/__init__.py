@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from mra_cli.calls import AttentionCall
 from mra_cli.errors import InputError
 from mra_cli.methods.base import Method, setting
-from mra_cli.methods.mra import Mra
-from mra_kernels import PRESETS, implementations, native
+from mra_cli.methods.mra import Mra, MraFamily
+from mra_cli.methods.mra_keys import MraKeys
+from mra_kernels import PRESETS, MraKeysConfig, implementations, native
 from mra_kernels.api import Impl
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "REFUSED", "Method", "make_method", "make_methods", "with_impl"]
 
-METHODS: dict[str, Method] = {name: Mra(name, config) for name, config in PRESETS.items()}
+METHODS: dict[str, Method] = {
+    name: MraKeys(name, config) if isinstance(config, MraKeysConfig) else Mra(name, config)
+    for name, config in PRESETS.items()
+}
 
 REFUSED: dict[str, str] = {
     "reformer": "it shares one projection between queries and keys, which the model does not; "
@@ -116,7 +120,7 @@ def with_impl(method: Method, impl: str) -> Method:
     """
     if impl == "auto":
         return method
-    if not isinstance(method, Mra):
+    if not isinstance(method, MraFamily):
         raise InputError(
             f"--impl is for methods of the mra family, got {method.name}; leave it out"
         )
@@ -134,7 +138,7 @@ def reason_against_impl(
 ) -> str | None:
     """Why the implementation that was asked for can't compute a call; None if it can, or if none
     was asked for."""
-    if not isinstance(method, Mra) or method.impl != "native":
+    if not isinstance(method, MraFamily) or method.impl != "native":
         return None
     if backward:
         return "native has no gradients"

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
 from mra_cli.methods.base import About, knobs_of
-from mra_kernels import MraAttentionConfig, MraResult, mra_attention, native
+from mra_kernels import (
+    KeyPyramid,
+    MraAttentionConfig,
+    MraKeysConfig,
+    MraResult,
+    mra_attention,
+    native,
+)
 from mra_kernels.api import Impl
+from mra_kernels.keys import KeyChoice
 from mra_kernels.selection import Selection
+
+F = TypeVar("F", bound="MraFamily")
 
 _LONG_CACHE = 1 << 22
 """Numbers in a KV cache from which on choosing blocks pays for a new token, with two levels: about
@@ -32,8 +43,8 @@ _ABOUT = About(
 
 
 @dataclass(frozen=True)
-class Mra:
-    """MRA at one setting: ``mra2`` and ``mra2s`` are the paper's, ``mra`` is our own recipe.
+class MraFamily(ABC):
+    """What methods whose settings are a config of `mra_kernels` have in common.
 
     Attributes:
         name: Name of the preset the setting started from.
@@ -42,7 +53,7 @@ class Mra:
     """
 
     name: str
-    config: MraAttentionConfig
+    config: Any
     impl: Impl = "auto"
 
     @property
@@ -50,7 +61,7 @@ class Mra:
         """Fraction of the legal score entries that may be exact."""
         return self.config.budget
 
-    def with_budget(self, budget: float) -> Mra:
+    def with_budget(self: F, budget: float) -> F:
         """The same setting with another budget."""
         try:
             return dataclasses.replace(self, config=dataclasses.replace(self.config, budget=budget))
@@ -58,26 +69,82 @@ class Mra:
             raise InputError(str(error)) from error
 
     @property
+    @abstractmethod
     def about(self) -> About:
         """What the method is, and can do."""
-        return _ABOUT
 
     @property
     def knobs(self) -> Mapping[str, Any]:
         """Settings beside the budget, and their types."""
-        return knobs_of(MraAttentionConfig, _NOT_KNOBS)
+        return knobs_of(type(self.config), _NOT_KNOBS)
 
-    def with_settings(self, changes: Mapping[str, Any]) -> Mra:
+    def with_settings(self: F, changes: Mapping[str, Any]) -> F:
         """The same method with these knobs turned."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
-    def at(self, site: str) -> Mra:
+    def at(self: F, site: str) -> F:
         """The same everywhere."""
         return self
 
     def reason_against_model(self, fingerprint: str) -> str | None:
         """Nothing here was fitted to one model."""
         return None
+
+    def settings(self) -> dict[str, Any]:
+        """Name, budget and changed settings, JSON types only."""
+        values = {key: getattr(self.config, key) for key in ("budget", *self.knobs)}
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"method": self.name, **listed}
+
+    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
+        """The specification in float64, on the blocks or keys that were chosen."""
+        plan = result.plan
+        assert isinstance(plan, (Selection, KeyChoice))
+        part = _double(call.first_heads(heads))
+        return self._attend(part, "reference", plan.first_heads(heads)).output
+
+    def __call__(self, call: AttentionCall) -> AttentionResult:
+        result = self._attend(call, self.impl, None)
+        return AttentionResult(result.output, result.lse, result.impl, result.selection)
+
+    def _attend(
+        self,
+        call: AttentionCall,
+        impl: Impl,
+        plan: Selection | KeyChoice | None,
+        config: MraAttentionConfig | MraKeysConfig | None = None,
+        pyramid: KeyPyramid | None = None,
+    ) -> MraResult:
+        config = config or self.config
+        if call.grid is not None and _is_plain_image(call):
+            config = dataclasses.replace(config, grid=call.grid)
+        return mra_attention(
+            call.query,
+            call.key,
+            call.value,
+            config=config,
+            mask=call.mask,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            bias=call.bias,
+            impl=impl,
+            selection=plan,
+            pyramid=pyramid,
+        )
+
+
+@dataclass(frozen=True)
+class Mra(MraFamily):
+    """Square blocks at several resolutions: ``mra2`` and ``mra2s`` are the paper's."""
+
+    config: MraAttentionConfig
+    impl: Impl = "auto"
+
+    @property
+    def about(self) -> About:
+        """What the method is, and can do."""
+        return _ABOUT
 
     def reason_for_exact(self, call: AttentionCall) -> str | None:
         """Why this call is better left exact (or has to be); None if it need not."""
@@ -104,15 +171,6 @@ class Mra:
             )
         return native.reason_against(call.query, call.key, call.sinks, call.bias, mask=call.mask)
 
-    def settings(self) -> dict[str, Any]:
-        """Name, budget and changed settings, JSON types only."""
-        fields = dataclasses.asdict(self.config)
-        del fields["grid"], fields["blocks_per_row"]  # the site's; another way to say budget
-        return {
-            "method": self.name,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
-        }
-
     def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
         """A dot product and a weighted value per score evaluated, pooled or exact. A few per cent
         too many: pooled scores of blocks that are opened weigh no value."""
@@ -120,43 +178,17 @@ class Mra:
         assert isinstance(plan, Selection)
         return plan.dot_products * (call.query.shape[-1] + call.value.shape[-1])
 
-    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
-        """The specification in float64, on the blocks that were chosen."""
-        plan = result.plan
-        assert isinstance(plan, Selection)
-        part = _double(call.first_heads(heads))
-        return self._attend(part, "reference", plan.first_heads(heads)).output
-
     def __call__(self, call: AttentionCall) -> AttentionResult:
-        result = self._attend(call, self.impl, None)
-        return AttentionResult(result.output, result.lse, result.impl, result.selection)
-
-    def _attend(self, call: AttentionCall, impl: Impl, plan: Selection | None) -> MraResult:
-        config = self.config
-        if call.grid is not None and _is_plain_image(call):
-            config = dataclasses.replace(config, grid=call.grid)
-        pyramid = None
+        config, pyramid = self.config, None
         if call.blocks is not None and call.n_queries < 2 * config.resolutions[0]:
             # In a prompt the mask cuts through each row's own block, which is exact for that.
             config = dataclasses.replace(config, diagonal_blocks=max(1, config.diagonal_blocks))
             valid = None if call.mask is None else call.mask.key_valid
-            if impl != "reference":
+            if self.impl != "reference":
                 sides = config.resolutions[:-1]
                 pyramid = call.blocks.pyramid(sides, call.key, call.value, valid)
-        return mra_attention(
-            call.query,
-            call.key,
-            call.value,
-            config=config,
-            mask=call.mask,
-            scaling=call.scaling,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            bias=call.bias,
-            impl=impl,
-            selection=plan,
-            pyramid=pyramid,
-        )
+        result = self._attend(call, self.impl, None, config, pyramid)
+        return AttentionResult(result.output, result.lse, result.impl, result.selection)
 
 
 def _double(call: AttentionCall) -> AttentionCall:

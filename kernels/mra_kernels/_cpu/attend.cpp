@@ -26,13 +26,17 @@ class Tile {
  public:
   Tile(int64_t width, int64_t value_width)
       : width_(width), value_width_(value_width),
-        memory_((width + value_width + BATCH) * LANES + width + value_width + 64 / sizeof(float)) {
+        memory_((2 * width + value_width + BATCH) * LANES + width + value_width +
+                64 / sizeof(float)) {
     auto base = reinterpret_cast<uintptr_t>(memory_.data());
     query_ = memory_.data() + ((64 - base % 64) % 64) / sizeof(float);
     weighted_ = query_ + width * LANES;
-    logits_ = weighted_ + value_width * LANES;
+    weighted_keys_ = weighted_ + value_width * LANES;
+    logits_ = weighted_keys_ + width * LANES;
     single_ = logits_ + BATCH * LANES;
   }
+
+  bool with_keys = false;  // sum up the keys, too, weighted like the values
 
   // The queries of a tile; one alone (decoding) is kept as a row, too.
   void load(const float* rows, int64_t stride, int n, float scale) {
@@ -47,18 +51,30 @@ class Tile {
   void clear() {
     peak = all(NONE);
     mass = Lanes{};
-    std::memset(weighted_, 0, value_width_ * LANES * sizeof(float));
+    std::memset(weighted_, 0, (value_width_ + width_) * LANES * sizeof(float));
     batch.n = 0;
     batch.whole = true;
   }
 
-  // Merges an earlier softmax (peak, mass, weighted values) into some lanes.
-  void merge(uint32_t lanes, const float* part) {
+  // Merges an earlier softmax (peak, mass, weighted values) into some lanes. `tilted`: its logits
+  // are those of `mean`, and change with a query by their gradient, the mean key.
+  void merge(uint32_t lanes, const float* part, const float* tilted = nullptr, float scale = 0) {
     const Ints chosen = lanes_of(part[1] > 0 ? lanes : 0);
-    const Lanes top = chosen ? larger(peak, all(part[0])) : peak;
+    Lanes height = all(part[0]);
+    if (tilted && part[1] > 0) {
+      const float* keys = part + 2 + value_width_;
+      float own = 0;
+      Lanes others = {};
+      for (int64_t d = 0; d < width_; ++d) {
+        own += tilted[d] * keys[d];
+        others += at(query_ + d * LANES) * keys[d];
+      }
+      height += (others - scale * own) / part[1];
+    }
+    const Lanes top = chosen ? larger(peak, height) : peak;
     const Lanes base = top == NONE ? Lanes{} : top;
     const Lanes mine = exp_of(peak - base);
-    const Lanes theirs = chosen ? exp_of(all(part[0]) - base) : Lanes{};
+    const Lanes theirs = chosen ? exp_of(height - base) : Lanes{};
     peak = top;
     mass = mass * mine + theirs * part[1];
     for (int64_t d = 0; d < value_width_; ++d)
@@ -69,6 +85,8 @@ class Tile {
     part[0] = peak[i];
     part[1] = mass[i];
     for (int64_t d = 0; d < value_width_; ++d) part[2 + d] = weighted_[d * LANES + i];
+    for (int64_t d = 0; with_keys && d < width_; ++d)
+      part[2 + value_width_ + d] = weighted_keys_[d * LANES + i];
   }
 
   void output_of(int i, float* output) const {
@@ -117,33 +135,34 @@ class Tile {
     if (alone_)
       weigh_alone(kept[0]);
     else
-      weigh(kept);
+      weigh(kept, batch.value, value_width_, weighted_);
+    if (with_keys) weigh(kept, batch.key, width_, weighted_keys_);
     batch.n = 0;
     batch.whole = true;
   }
 
  private:
-  // Adds the batch's values to the sums of the lanes.
-  void weigh(const Lanes& kept) {
+  // Adds the batch's values (or keys) to the sums of the lanes.
+  void weigh(const Lanes& kept, const float* const* values, int64_t width, float* weighted) {
     const int n = batch.n;
     int64_t d = 0;
-    for (; d + WIDE <= value_width_; d += WIDE) {
+    for (; d + WIDE <= width; d += WIDE) {
       Lanes sums[WIDE];
 #pragma GCC unroll 16
-      for (int i = 0; i < WIDE; ++i) sums[i] = at(weighted_ + (d + i) * LANES) * kept;
+      for (int i = 0; i < WIDE; ++i) sums[i] = at(weighted + (d + i) * LANES) * kept;
       for (int j = 0; j < n; ++j) {
         const Lanes weight = at(logits_ + j * LANES);
-        const float* value = batch.value[j] + d;
+        const float* value = values[j] + d;
 #pragma GCC unroll 16
         for (int i = 0; i < WIDE; ++i) sums[i] += weight * value[i];
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < WIDE; ++i) at(weighted_ + (d + i) * LANES) = sums[i];
+      for (int i = 0; i < WIDE; ++i) at(weighted + (d + i) * LANES) = sums[i];
     }
-    for (; d < value_width_; ++d) {
-      Lanes sums = at(weighted_ + d * LANES) * kept;
-      for (int j = 0; j < n; ++j) sums += at(logits_ + j * LANES) * batch.value[j][d];
-      at(weighted_ + d * LANES) = sums;
+    for (; d < width; ++d) {
+      Lanes sums = at(weighted + d * LANES) * kept;
+      for (int j = 0; j < n; ++j) sums += at(logits_ + j * LANES) * values[j][d];
+      at(weighted + d * LANES) = sums;
     }
   }
 
@@ -163,7 +182,8 @@ class Tile {
   int64_t width_, value_width_;
   bool alone_ = false;
   std::vector<float> memory_;
-  float *query_, *weighted_, *logits_, *single_;  // the last: a query and a sum of values
+  float *query_, *weighted_, *weighted_keys_, *logits_;
+  float* single_;  // a query and a sum of values
 };
 
 // Which rows of blocks the lanes of a tile belong to, and the bitmaps of those.
@@ -250,7 +270,7 @@ void add_exact(const Call& call, const Level& level, Tile& tile, int64_t b, int6
   const int64_t* real = call.real_before ? call.real_before + b * call.real_batch : nullptr;
   Batch& batch = tile.batch;
   rows.each(level.words, [&](int64_t col, uint32_t lanes) {
-    const int64_t low = col * level.side, high = std::min(low + level.side, call.keys);
+    const int64_t low = col * level.key_side, high = std::min(low + level.key_side, call.keys);
     const bool whole = lanes == EVERY_LANE && low >= latest_start && high <= earliest_stop;
     for (int64_t j = low; j < high; ++j) {
       if (real && real[j + 1] == real[j]) continue;
@@ -275,7 +295,7 @@ void add_coarse(const Call& call, const Level& level, const Bias& bias, int64_t 
   rows.each(level.words, [&](int64_t col, uint32_t lanes) {
     batch.key[batch.n] = row_of(level.key, b, kv, col);
     batch.value[batch.n] = row_of(level.value, b, kv, col);
-    batch.added[batch.n] = level.log_keys[b * level.cols + col];
+    batch.added[batch.n] = level.log_keys ? level.log_keys[b * level.cols + col] : 0;
     batch.lanes[batch.n] = lanes;
     batch.position[batch.n] = col;
     batch.whole &= lanes == EVERY_LANE;
@@ -286,19 +306,21 @@ void add_coarse(const Call& call, const Level& level, const Bias& bias, int64_t 
 
 }  // namespace
 
-// Coarse: 0 none, 1 one score per block pair, 2 one per query and key block.
+// Coarse: 0 none, 1 one score per block pair, 2 one per query and key block, 3 like 1 but tilted.
 extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_levels,
                               int64_t coarse) {
   const Call& call = *call_;
   const int64_t n_heads = call.batch * call.heads;
   const float scale = static_cast<float>(call.scaling);
-  const int64_t size = call.value_width + 2;
+  const bool tilted = coarse == 3, pooled = coarse == 1 || tilted;
+  const int64_t size = call.value_width + 2 + tilted * call.width;
 #pragma omp parallel num_threads(call.threads)
   {
     Tile tile(call.width, call.value_width);
     std::vector<float> sink(size, 0.0f);  // a softmax of mass 1 without a value
     sink[1] = 1;
-    for (int64_t l = 0; coarse == 1 && l < n_levels; ++l) {
+    tile.with_keys = tilted;
+    for (int64_t l = 0; pooled && l < n_levels; ++l) {
       const Level& level = levels[l];
       const int64_t groups = (level.rows + LANES - 1) / LANES;
 #pragma omp for schedule(dynamic, 1)
@@ -313,6 +335,7 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
           tile.part_of(i, level.parts + ((b * call.heads + h) * level.rows + first + i) * size);
       }
     }
+    tile.with_keys = false;
     const int64_t tiles = (call.queries + LANES - 1) / LANES;
     // Tiles of one row of blocks want the same keys: one thread, so that it has them at hand.
     const int64_t together = std::max<int64_t>(1, levels[n_levels - 1].side / LANES);
@@ -330,11 +353,12 @@ extern "C" void mra_attend(const Call* call_, const Level* levels, int64_t n_lev
       for (int64_t l = 0; l < n_levels; ++l) {
         const Level& level = levels[l];
         if (coarse == 2) add_coarse(call, level, level.query_bias, level.side, tile, b, h, first, count);
-        if (coarse != 1) continue;
+        if (!pooled) continue;
         for (int i = 0, next; i < count; i = next) {  // lanes of one row of blocks
           const int64_t row = (first + i) / level.side;
           next = static_cast<int>(std::min<int64_t>((row + 1) * level.side - first, LANES));
-          tile.merge((1u << next) - (1u << i), level.parts + (bh * level.rows + row) * size);
+          tile.merge((1u << next) - (1u << i), level.parts + (bh * level.rows + row) * size,
+                     tilted ? row_of(level.query, b, h, row) : nullptr, scale);
         }
       }
       if (call.sinks) {

@@ -27,16 +27,17 @@ struct Call {
   double scaling, softcap;  // softcap 0: none
 };
 
-struct Level {  // one block side; bitmaps have a bit per key block
-  int64_t side, rows, cols, words;
+struct Level {  // blocks of `side` queries by `key_side` keys; bitmaps have a bit per key block
+  int64_t side, key_side, rows, cols, words;
   Rows query, key, value;  // block means
   Bias pair_bias, query_bias;
   const int64_t *n_queries, *n_keys, *entries;  // [batch][rows], [batch][cols], [batch][rows]
-  const float* log_keys;                        // logarithm of n_keys
+  const float* log_keys;                        // logarithm of n_keys; null: 0
   const int64_t *first_row, *first_col;         // first blocks with a real token [batch]
   uint64_t *open, *left;  // opened, and left at a pooled score [batch * heads][rows][words]
   double area;            // share of the legal entries that may be opened
-  float* parts;           // softmax over `left`, per row of blocks [batch * heads][rows][value_width + 2]
+  // Softmax over `left` per row of blocks, see Tile::part_of [batch * heads][rows][part_size].
+  float* parts;
 };
 
 struct Choice {
@@ -51,6 +52,17 @@ struct Scratch {  // what is on offer of `heads` heads at a time
 
 struct Tally {  // per head
   int64_t exact, forced, scored, left;
+};
+
+struct Estimate {  // see keys.py; keys are padded to `padded`
+  const float* query;  // scaled [batch * heads][queries][rank]
+  const float* key;    // [batch * heads][rank][padded]
+  int64_t rank, padded;
+  const float* hidden;     // 0, or -inf for padding [batch][padded]
+  const uint8_t* counted;  // queries that speak for their block [batch][queries]
+  const double* budgets;   // shares of the legal entries [heads]
+  uint8_t* distances;      // scratch [heads_at_once][rows of blocks][padded]
+  int64_t first_keys, heads_at_once;
 };
 
 static inline const float* row_of(const Rows& rows, int64_t b, int64_t h, int64_t i) {

@@ -1,0 +1,368 @@
+"""Attention whose blocks of queries open single keys, in plain torch (`MraKeysConfig`).
+
+The specification every other implementation is held to. Any float dtype (half types are computed
+in float32, float64 stays float64), any device, autograd; as much work as exact attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mra_kernels.config import MraKeysConfig
+from mra_kernels.masks import AttentionMask
+from mra_kernels.reference import SoftmaxPart, for_blind_rows
+from mra_kernels.scores import ScoreRule
+
+FARTHEST = 127
+"""Distances are whole steps from 0, for favoured keys, to this."""
+
+STEPS_PER_NAT = 8
+
+_TOKENS_FOR_FEATURES = 1024
+"""The leading features are those of so many tokens, spread evenly over the sequence."""
+
+_SCORES_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class KeyChoice:
+    """The plan of one call: the keys that each block of queries opened.
+
+    Attributes:
+        rows: Queries per block.
+        opened: Makes the choice, bool ``[B, H, blocks, M]``.
+        figures: Makes `density`, `forced`, and the counts of entries computed exactly, of keys
+            left behind (over all blocks), and of entries estimated.
+    """
+
+    rows: int
+    opened: Callable[[], Tensor]
+    figures: Callable[[], tuple[Tensor, Tensor, int, int, int]]
+
+    @cached_property
+    def _figures(self) -> tuple[Tensor, Tensor, int, int, int]:
+        return self.figures()
+
+    @property
+    def density(self) -> Tensor:
+        """Exact entries / legal entries, padding rows left out, ``[B, H]``."""
+        return self._figures[0]
+
+    @property
+    def forced(self) -> Tensor:
+        """The part of the density that the mask demands whatever the budget, ``[B, H]``."""
+        return self._figures[1]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Entries computed exactly, keys left behind over all blocks, entries estimated."""
+        return self._figures[2:]
+
+    def first_heads(self, heads: int) -> KeyChoice:
+        """The plan of the first heads of each batch entry alone; its figures stay those of all."""
+        return replace(self, opened=lambda: self.opened()[:, :heads])
+
+
+def keys_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    config: MraKeysConfig,
+    rule: ScoreRule,
+    sinks: Tensor | None,
+    choice: KeyChoice | None = None,
+) -> tuple[Tensor, Tensor, KeyChoice]:
+    """Attention with opened keys exact. Arguments and results as in `mra_reference`.
+
+    Args:
+        choice: The keys to open; None: choose them.
+    """
+    batch_size, heads, n_queries, _ = query.shape
+    dtype = query.dtype if query.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    rows = config.rows
+    blocks = [block for block in _blocks(mask, rows, batch_size, heads * key.shape[2])]
+    if choice is None:
+        with torch.no_grad():
+            choice = choose_keys(q, k, mask, config, rule)
+    opened = choice.opened()
+    per_kv = heads // key.shape[1]
+    k, v = (x.repeat_interleave(per_kv, 1) if per_kv > 1 else x for x in (k, v))
+    outputs, masses = [], []
+    for block in blocks:
+        tiles = slice(block.first // rows, -(-block.last // rows))
+        own = q[:, :, block.first : block.last]
+        fine = _exact(own, k, v, block, each_row(opened[:, :, tiles], own, rows), rule)
+        mean = _block_means(own, block.counted, rows)
+        left = (block.whole[:, None] & ~opened[:, :, tiles]).expand(-1, heads, -1, -1)
+        tail = _tail(own, mean, k, v, left, block, config, rule)
+        total = fine.merge(tail)
+        if sinks is not None:
+            logits = sinks.to(dtype).view(1, heads, 1).expand_as(total.peak)
+            ones = torch.exp(logits - logits.detach())
+            total = total.merge(SoftmaxPart(logits.detach(), ones, total.weighted * 0))
+        outputs.append(total.weighted / total.mass.masked_fill(total.mass == 0, 1.0)[..., None])
+        masses.append(fine.peak + fine.mass.log())
+    output = for_blind_rows(torch.cat(outputs, 2), value.to(dtype), mask, sinks)
+    return output.to(value.dtype), torch.cat(masses, 2), choice
+
+
+def choose_keys(
+    query: Tensor, key: Tensor, mask: AttentionMask, config: MraKeysConfig, rule: ScoreRule
+) -> KeyChoice:
+    """The keys each block of queries opens, nearest first until the budget of its head is spent.
+
+    Keys that the mask hides from some rows of a block alone are always opened. Blocks of padding
+    rows have a budget of their own. Ties go to the lower index.
+
+    Args:
+        query: ``[B, H, N, D]``.
+        key: ``[B, Hkv, M, D]``.
+    """
+    batch_size, heads, n_queries, _ = query.shape
+    rows = config.rows
+    estimates = leading_features(query, key, mask, config.rank)
+    parts, whole, some, live = [], [], [], []
+    for block in _blocks(mask, rows, batch_size, heads * key.shape[2]):
+        tiles = _distances(*estimates, block, mask, config, rule)
+        parts.append(tiles)
+        whole.append(block.whole)
+        some.append(block.seen)
+        live.append(block.live)
+    distance, is_whole, seen = torch.cat(parts, 2), torch.cat(whole, 1), torch.cat(some, 1)
+    cost = torch.cat(live, 1).expand(batch_size, -1)  # rows of each block that see anything
+    cut = (seen > 0) & ~is_whole
+    padding = mask.padding_rows(rows, batch_size)
+    opened = cut[:, None].expand(batch_size, heads, -1, -1).clone()
+    for b in range(batch_size):
+        for h, share in enumerate(config.budget_of_heads(heads)):
+            for of_padding in (False, True):
+                mine = padding[b] if of_padding else ~padding[b]
+                entries, hidden = seen[b % len(seen)][mine], cut[b % len(cut)][mine]
+                budget = int(share * float(entries.sum()) + 1e-6) - int((entries * hidden).sum())
+                offered = is_whole[b % len(is_whole)][mine]
+                prices = cost[b][mine, None].expand(offered.shape)[offered]
+                chosen = _affordable(distance[b, h][mine][offered], prices, budget)
+                opened[b, h, mine] |= torch.zeros_like(offered).masked_scatter(offered, chosen)
+    return KeyChoice(rows, lambda: opened, lambda: _figures(opened, seen, is_whole, cut, padding, mask))
+
+
+def leading_features(
+    query: Tensor, key: Tensor, mask: AttentionMask, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The ``rank`` features of queries and keys whose products are nearest to ``query . key``.
+
+    The best approximation of that rank in the mean square over all pairs (Eckart & Young, 1936),
+    by whitening with the second moment of the queries. Keys are taken relative to their mean,
+    which shifts all scores of a query alike.
+
+    Returns:
+        Queries ``[B, H, N, rank]`` and keys ``[B, H, M, rank]``; with the rank of the head, all.
+    """
+    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+    mean = _mean_token(key, mask.key_valid)
+    key = key - mean
+    if rank >= width:
+        return query, key.repeat_interleave(heads // kv_heads, 1)
+    of_queries = _moment(query, mask.query_valid)
+    of_keys = _moment(key, mask.key_valid).repeat_interleave(heads // kv_heads, 1)
+    scale = of_queries.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-20)
+    identity = torch.eye(width, dtype=query.dtype, device=query.device)
+    lower = torch.linalg.cholesky(of_queries / scale + 1e-5 * identity)
+    vectors = torch.linalg.eigh(lower.mT @ of_keys @ lower)[1][..., -rank:]
+    to_queries = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
+    to_keys = lower @ vectors
+    grouped = key[:, :, None] @ to_keys.unflatten(1, (kv_heads, -1))
+    return query @ to_queries, grouped.flatten(1, 2)
+
+
+def _mean_token(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """``[B, H, 1, D]``."""
+    if valid is None:
+        return tokens.mean(2, keepdim=True)
+    weights = valid.to(tokens.dtype)
+    sums = (tokens * weights[:, None, :, None]).sum(2, keepdim=True)
+    return sums / weights.sum(1).clamp(min=1)[:, None, None, None]
+
+
+def _moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean outer product of real tokens, some of them in long sequences, ``[B, H, D, D]``."""
+    step = -(-tokens.shape[2] // _TOKENS_FOR_FEATURES)
+    some = tokens[:, :, ::step]
+    if valid is not None:
+        some = some * valid[:, None, ::step, None]
+    return some.mT @ some / some.shape[2]
+
+
+# --- blocks of queries ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some blocks of queries, and what the mask says of them.
+
+    Attributes:
+        first, last: Query rows ``[first, last)``.
+        visible: bool ``[B or 1, rows, M]``.
+        counted: Rows that speak for their block: real ones, or all where none is, bool ``[B, rows]``.
+        seen: Rows of each block that see each key, int64 ``[B or 1, blocks, M]``.
+        live: Rows of each block that see anything, int64 ``[B or 1, blocks]``.
+        whole: Keys that all live rows of a block see, bool ``[B or 1, blocks, M]``.
+    """
+
+    first: int
+    last: int
+    visible: Tensor
+    counted: Tensor
+    seen: Tensor
+    live: Tensor
+    whole: Tensor
+
+
+def _blocks(mask: AttentionMask, rows: int, batch_size: int, floats_per_row: int) -> Iterator[_Block]:
+    """All blocks, some at a time."""
+    step = max(1, _SCORES_AT_ONCE // (batch_size * floats_per_row * rows)) * rows
+    valid, _ = mask.pooled_tokens(rows)
+    for first in range(0, mask.n_queries, step):
+        last = min(first + step, mask.n_queries)
+        visible = mask.rows(first, last)
+        counted = torch.ones(1, last - first, dtype=torch.bool, device=visible.device)
+        if valid is not None:
+            counted = valid[:, first:last]
+        seen = _tiled(visible, rows, False).sum(2)
+        live = _tiled(visible.any(-1, keepdim=True), rows, False).sum(2)
+        yield _Block(first, last, visible, counted, seen, live[..., 0], (seen == live) & (live > 0))
+
+
+def _tiled(tensor: Tensor, rows: int, fill: float) -> Tensor:
+    """``[..., n, m]`` cut into blocks of ``rows``: ``[..., blocks, rows, m]``."""
+    missing = -tensor.shape[-2] % rows
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=fill) if missing else tensor
+    return padded.unflatten(-2, (-1, rows))
+
+
+def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """What is said of blocks of ``rows`` tokens, for each token ``[..., N, D]``."""
+    return blocks.repeat_interleave(rows, 2)[:, :, : tokens.shape[2]]
+
+
+def _block_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
+    """Mean of the counted tokens of each block, ``[B, H, blocks, D]``."""
+    weights = _tiled(counted[:, None, :, None].to(tokens.dtype), rows, 0.0)
+    sums = (_tiled(tokens, rows, 0.0) * weights).sum(3)
+    return sums / weights.sum(3).clamp(min=1)
+
+
+def _distances(
+    query: Tensor,
+    key: Tensor,
+    block: _Block,
+    mask: AttentionMask,
+    config: MraKeysConfig,
+    rule: ScoreRule,
+) -> Tensor:
+    """How far below a query's estimated log-sum-exp a key's score stays, for the query of the
+    block to which it comes nearest, in steps; uint8 ``[B, H, blocks, M]``.
+    """
+    own = query[:, :, block.first : block.last]
+    logits = own @ key.mT * rule.scaling
+    if rule.bias is not None:
+        logits = logits + rule.bias[:, :, block.first : block.last]
+    logits = logits.masked_fill(~block.visible[:, None], -torch.inf)
+    below = logits - normaliser(logits, block.visible[:, None])[..., None]
+    below = below.masked_fill(~(block.counted & block.visible.any(-1))[:, None, :, None], -torch.inf)
+    nearest = _tiled(below, config.rows, -torch.inf).amax(3)
+    steps = (-STEPS_PER_NAT * nearest.clamp(min=-FARTHEST)).floor().clamp(0, FARTHEST - 1) + 1
+    keys = torch.arange(mask.n_keys, device=key.device)
+    first = torch.zeros(1, 1, dtype=torch.int64, device=key.device)
+    if mask.key_valid is not None:  # left padding moves the first key
+        first = mask.key_valid.int().argmax(1, keepdim=True)
+    favoured = keys < first + config.first_keys
+    return steps.masked_fill(favoured[:, None, None], 0).to(torch.uint8)
+
+
+def normaliser(logits: Tensor, visible: Tensor) -> Tensor:
+    """Log-sum-exp of each row over its visible keys, ``[..., rows]``; -inf becomes 0."""
+    lse = logits.logsumexp(-1)
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:
+    """The nearest offers whose prices add up to at most the budget, bool ``[P]``; ties go to the
+    lower index, and the first that is too dear ends the row."""
+    spent = torch.zeros(FARTHEST + 1, dtype=torch.int64, device=price.device)
+    spent = spent.index_add(0, distance.long(), price).cumsum(0)
+    last = int((spent <= budget).sum())  # the step at which the money runs out
+    if last > FARTHEST:
+        return torch.ones_like(distance, dtype=torch.bool)
+    rest = budget - (int(spent[last - 1]) if last else 0)
+    at_edge = distance == last
+    return (distance < last) | (at_edge & ((price * at_edge).cumsum(0) <= rest))
+
+
+def _figures(
+    opened: Tensor, seen: Tensor, whole: Tensor, cut: Tensor, padding: Tensor, mask: AttentionMask
+) -> tuple[Tensor, Tensor, int, int, int]:
+    real = seen * ~padding[..., None]
+    total = real.sum((-2, -1)).clamp(min=1)[:, None]
+    exact = (opened * real[:, None]).sum((-2, -1))
+    forced = (real * cut).sum((-2, -1))[:, None].expand_as(exact)
+    left = int((whole[:, None] & ~opened).sum())
+    heads = opened.shape[1]
+    estimated = heads * int(seen.expand(len(opened), -1, -1).sum())
+    return exact / total, forced / total, int((opened * seen[:, None]).sum()), left, estimated
+
+
+# --- softmax in two parts ---------------------------------------------------------------------
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, block: _Block, opened: Tensor, rule: ScoreRule
+) -> SoftmaxPart:
+    """Softmax over the visible entries of opened keys."""
+    bias = None if rule.bias is None else rule.bias[:, :, block.first : block.last]
+    logits = rule.logits(query @ key.mT, bias)
+    visible = opened & block.visible[:, None]
+    return _softmax(logits.masked_fill(~visible, -torch.inf), value)
+
+
+def _tail(
+    query: Tensor,
+    mean: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left: Tensor,
+    block: _Block,
+    config: MraKeysConfig,
+    rule: ScoreRule,
+) -> SoftmaxPart:
+    """Softmax over keys left behind at the scores of each block's mean query, for all its rows."""
+    bias = None
+    if rule.bias is not None:
+        own = rule.bias[:, :, block.first : block.last]
+        bias = _block_means(own, block.counted, config.rows)
+    logits = rule.logits(mean @ key.mT, bias).masked_fill(~left, -torch.inf)
+    tilted = config.tail == "tilted" and rule.softcap is None
+    part = _softmax(logits, torch.cat([value, key], -1) if tilted else value)
+    peak, mass, weighted = (
+        each_row(x, query, config.rows) for x in (part.peak, part.mass, part.weighted)
+    )
+    if not tilted:
+        return SoftmaxPart(peak, mass, weighted)
+    mean_key = weighted[..., value.shape[3] :] / mass.masked_fill(mass == 0, 1.0)[..., None]
+    tilt = ((query - each_row(mean, query, config.rows)) * mean_key).sum(-1) * rule.scaling
+    growth = torch.exp(tilt - tilt.detach())  # 1; carries the gradient
+    weighted = weighted[..., : value.shape[3]] * growth[..., None]
+    return SoftmaxPart(peak + tilt.detach(), mass * growth, weighted)
+
+
+def _softmax(logits: Tensor, value: Tensor) -> SoftmaxPart:
+    peak = logits.detach().amax(-1)
+    weights = torch.exp(logits - peak.masked_fill(peak == -torch.inf, 0.0)[..., None])
+    return SoftmaxPart(peak, weights.sum(-1), weights @ value)
