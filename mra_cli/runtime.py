@@ -31,6 +31,7 @@ SOURCES = (
     "mra_cli.host",
     "mra_cli.caches",
     "mra_cli.calls",
+    "mra_cli.methods.rows",
     "mra_cli.methods.base",
     "mra_cli.methods.mra",
     "mra_cli.methods.mra_keys",

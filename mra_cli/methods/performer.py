@@ -1,0 +1,83 @@
+"""Performer: softmax attention by positive random features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mra_cli.calls import AttentionCall
+from mra_cli.methods.base import (
+    About,
+    Approximation,
+    Choice,
+    exact_products,
+    knob_for,
+    reason_against_part,
+)
+from mra_cli.methods.features import BLOCK, Features, orthogonal_features
+from mra_cli.methods.rows import SoftmaxRows, Tally
+
+
+@dataclass(frozen=True)
+class Performer(Approximation):
+    """FAVOR+ (Choromanski et al., ICLR 2021, arXiv 2009.14794): orthogonal positive features,
+    stabilised in log space, masked after the feature map.
+
+    Attributes:
+        features: Random features.
+        seed: Of their directions.
+    """
+
+    name: ClassVar[str] = "performer"
+    about: ClassVar[About] = About(
+        summary="positive orthogonal random features of the softmax kernel",
+        source="Choromanski et al., ICLR 2021, arXiv 2009.14794",
+        patterns=("NS", "CS", "NC", "CC"),
+        cost="N x features",
+        budgets="multiply-adds",
+        masks="causal",
+        honours=("sinks",),
+    )
+
+    features: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features is not None and self.features < 1:
+            raise ValueError(f"features must be at least 1, got {self.features}")
+
+    def reason_for_exact(self, call: AttentionCall) -> str | None:
+        """Why this call stays exact; None: the method takes it."""
+        reason = super().reason_for_exact(call)
+        if reason is None and call.mask is not None and call.mask.is_causal:
+            reason = reason_against_part(self, call)
+        return reason
+
+    def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
+        rows = SoftmaxRows(call, tally)
+        lse = rows.lse()
+        count = self.features or count_for(call, self.budget)
+        directions = orthogonal_features(count, call.query.shape[3], self.seed)
+        Features.of(rows, directions).add_to(rows)
+        return rows.output(), lse
+
+
+def count_for(call: AttentionCall, budget: float, reach: int | None = None) -> int:
+    """The features whose multiply-adds come nearest to a share of exact attention's.
+
+    Args:
+        reach: How far pairs reach that are left out, see `Features.add_to`; None: there are none.
+    """
+    (batch, heads, n, width), m, value = call.query.shape, call.n_keys, call.value.shape[3] + 1
+    causal = call.mask is not None and call.mask.is_causal
+    across = 0 if reach is None else -(-reach // BLOCK)
+    blocks = across + 1 + (0 if causal else across)
+    pairs = n * blocks * BLOCK if causal or reach is not None else 0
+
+    def cost(count: int) -> float:
+        return float(batch * heads * ((n + m) * count * (width + value) + pairs * (count + value)))
+
+    return knob_for(budget * exact_products(call), cost, max(width, m))

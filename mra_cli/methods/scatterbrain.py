@@ -1,0 +1,69 @@
+"""Scatterbrain: a window exactly, random features elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mra_cli.calls import AttentionCall
+from mra_cli.methods.bands import Band, half_width
+from mra_cli.methods.base import About, Approximation, Choice, reason_against_part
+from mra_cli.methods.features import Features, orthogonal_features
+from mra_cli.methods.performer import count_for
+from mra_cli.methods.rows import SoftmaxRows, Tally
+
+
+@dataclass(frozen=True)
+class Scatterbrain(Approximation):
+    """Sparse plus low-rank (Chen et al., NeurIPS 2021, arXiv 2110.15343): keys in a window exactly,
+    all others by `Performer`'s features. Half of a budget goes to each.
+
+    Attributes:
+        width: Positions in the window, half on each side.
+        features: Random features.
+        seed: Of their directions.
+    """
+
+    name: ClassVar[str] = "scatterbrain"
+    about: ClassVar[About] = About(
+        summary="a window exactly, random features for the rest",
+        source="Chen et al., NeurIPS 2021, arXiv 2110.15343",
+        patterns=("NS", "CS"),
+        cost="N x (width + features)",
+        budgets="multiply-adds",
+        masks="causal",
+        honours=("sinks",),
+        adapted="a window in place of hashing, as in the comparison of the MRA paper",
+    )
+
+    width: int | None = None
+    features: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width is not None and self.width < 2:
+            raise ValueError(f"width must be at least 2, got {self.width}")
+        if self.features is not None and self.features < 1:
+            raise ValueError(f"features must be at least 1, got {self.features}")
+
+    def reason_for_exact(self, call: AttentionCall) -> str | None:
+        """Why this call stays exact; None: the method takes it."""
+        return super().reason_for_exact(call) or reason_against_part(self, call)
+
+    def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
+        rows = SoftmaxRows(call, tally)
+        if self.width is None:
+            entries = self.budget / 2 * float(rows.mask.legal_per_row().sum())
+            half = half_width(rows.mask, entries)
+        else:
+            half = self.width // 2
+        band = Band.of(call, half)
+        rows.add(band.rows, band.keys, band.keep)
+        lse = rows.lse()
+        count = self.features or count_for(call, self.budget / 2, band.half)
+        directions = orthogonal_features(count, call.query.shape[3], self.seed)
+        Features.of(rows, directions).add_to(rows, band.half, band.keep)
+        return rows.output(), lse
