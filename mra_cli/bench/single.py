@@ -19,6 +19,7 @@ from mra_cli.bench.rounding import as_number, distance_from_float64, heads_to_ch
 from mra_cli.bench.summary import busy_notes, call_notes, left_exact, trends
 from mra_cli.bench.workload import Workload, decode_call, refused_pattern
 from mra_cli.calls import AttentionCall, AttentionResult
+from mra_cli.causality import lookahead
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
 from mra_cli.measure import (
@@ -280,17 +281,10 @@ class _OneCall:
 
     def _lookahead(self, method: Method, result: AttentionResult) -> float | None:
         """How much the future moves the past, where it must not."""
-        call, half = self.call, self.call.n_queries // 2
-        if self.pattern[0] != "C" or self.setup.decode or half == 0:
+        if self.setup.decode:
             return None
-        names = ("query", "key", "value") if self.pattern == "CS" else ("query",)
-        other: dict[str, Any] = {}
-        for name in names:
-            tensor = getattr(call, name).detach()
-            other[name] = torch.cat([tensor[:, :, :half], -tensor[:, :, half:]], 2)
-        changed = method(replace(call, **other)).output[:, :, :half]
-        moved = relative_error(changed, result.output[:, :, :half], call.valid_rows[:, :half])
-        return as_number(float(moved.mean()))
+        moved = lookahead(lambda call: method(call).output, self.call, result.output, self.pattern)
+        return None if moved is None else as_number(moved)
 
 
 @contextmanager

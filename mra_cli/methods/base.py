@@ -44,8 +44,8 @@ class About:
         source: The paper.
         patterns: Kinds of sites it serves, of NS, CS, NC, CC: noncausal or causal, self or cross.
         cost: How its work grows with N queries and keys, in words.
-        budgets: What a budget is a share of: the ``scores`` that exact attention computes, or all
-            its ``multiply-adds`` (methods without exactly computed scores).
+        budgets: What a budget is a share of: the ``scores`` that exact attention computes, all its
+            ``multiply-adds`` (where few or no scores are exact), or ``nothing``: it plays no part.
         masks: The most that it can take.
         honours: What else may enter the scores: of ``bias``, ``soft-cap``, ``sinks``.
         adapted: Where it departs from the paper, in words; empty: nowhere.
@@ -56,7 +56,7 @@ class About:
     source: str
     patterns: tuple[str, ...]
     cost: str
-    budgets: Literal["scores", "multiply-adds"] = "scores"
+    budgets: Literal["scores", "multiply-adds", "nothing"] = "scores"
     masks: MaskKind = "any"
     honours: tuple[str, ...] = ("bias", "soft-cap", "sinks")
     adapted: str = ""
@@ -191,7 +191,7 @@ class Approximation:
         tally = Tally()
         choice = self.choose(call, tally)
         output, lse = self.attend(call, choice, tally)
-        plan = Chosen(self, call, choice, tally.products)
+        plan = Chosen(self, call, choice, tally.products, tally.settled)
         return AttentionResult(output.to(call.value.dtype), lse, "torch", plan)
 
     def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
@@ -219,12 +219,14 @@ class Chosen:
     Attributes:
         method, call, choice: Who decided what.
         products: Multiply-adds in matrix products.
+        settled: Knobs that followed from the budget.
     """
 
     method: Approximation
     call: AttentionCall
     choice: Choice
     products: int
+    settled: dict[str, int]
 
     @cached_property
     def density(self) -> Tensor:

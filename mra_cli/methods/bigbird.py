@@ -101,6 +101,7 @@ class BigBird(Approximation):
         rows = SoftmaxRows(call, tally)
         causal = rows.mask.is_causal
         side = self.side(call.n_keys, causal)
+        tally.settled["block"] = side
         every = groups(call.n_queries, side, call.query.device)
         inner = torch.arange(side, device=every.device)
         blocks = choice["blocks"]

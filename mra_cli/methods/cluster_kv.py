@@ -74,15 +74,16 @@ class ClusterKV(Approximation):
                 tally.products += key.numel() * count
                 cluster = scores.argmax(-1).masked_fill(real[:, None] == 0, count)
                 if left:
-                    means, sizes = _means(key, cluster, count)
+                    means, sizes = _cluster_means(key, cluster, count)
                     centres = torch.where(sizes[..., None] > 0, means, centres)
         return {"cluster": cluster}
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
         count = self.count(call)
-        key, sizes = _means(rows.key, choice["cluster"], count)
-        value, _ = _means(rows.value, choice["cluster"], count)
+        tally.settled["clusters"] = count
+        key, sizes = _cluster_means(rows.key, choice["cluster"], count)
+        value, _ = _cluster_means(rows.value, choice["cluster"], count)
         logits = rows.rule.logits(rows.query @ key.transpose(2, 3)) + sizes.log()[:, :, None]
         lse = rows.lse()
         own = groups(call.n_queries, call.n_queries, key.device)
@@ -90,7 +91,7 @@ class ClusterKV(Approximation):
         return rows.output(), lse
 
 
-def _means(tokens: Tensor, cluster: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _cluster_means(tokens: Tensor, cluster: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Means ``[B, H, count, D]`` and sizes of clusters; cluster ``count`` is left out."""
     sums = tokens.new_zeros(*tokens.shape[:2], count + 1, tokens.shape[3])
     sums = sums.scatter_add(2, cluster[..., None].expand_as(tokens), tokens)[:, :, :count]

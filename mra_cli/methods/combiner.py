@@ -51,6 +51,7 @@ class Combiner(Approximation):
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows, length = SoftmaxRows(call, tally), call.n_keys
         size = self.segment or max(1, round(self.budget * length))
+        tally.settled["segment"] = size
         own = groups(length, size, call.query.device)
         rows.add(own, own)
         lse = rows.lse()

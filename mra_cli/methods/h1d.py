@@ -52,6 +52,7 @@ class H1D(Approximation):
         rows = SoftmaxRows(call, tally)
         allowed = max(1, round(self.budget * call.n_keys / 2))
         side = allowed if self.block is None else self.block
+        tally.settled["block"] = side
         nearby = groups(call.n_keys, 2 * side, call.query.device)
         rows.add(nearby, nearby)
         lse = rows.lse()
@@ -76,12 +77,12 @@ def _add_level(rows: SoftmaxRows, side: int, merged: int) -> None:
     queries = rows.key.new_ones(1, length)
     if mask.query_valid is not None:
         queries = mask.query_valid.to(rows.key)
-    key, sizes = _means(rows.key, keys, merged, more)
-    value, _ = _means(rows.value, keys, merged, more)
+    key, sizes = _block_means(rows.key, keys, merged, more)
+    value, _ = _block_means(rows.value, keys, merged, more)
     query = pad(rows.query, (0, 0, 0, more))
     each = 1
     if not causal:
-        query, _ = _means(rows.query, queries, merged, more)
+        query, _ = _block_means(rows.query, queries, merged, more)
         each = merged
     query, key, value = pairs(query, each), pairs(key, merged), pairs(value, merged)
     size = pairs(sizes[..., None], merged)[..., 0]
@@ -95,7 +96,7 @@ def _add_level(rows: SoftmaxRows, side: int, merged: int) -> None:
         rows.add_part(own[:, :, :, half], *(x.repeat_interleave(each, 3) for x in part))
 
 
-def _means(tokens: Tensor, real: Tensor, merged: int, more: int) -> tuple[Tensor, Tensor]:
+def _block_means(tokens: Tensor, real: Tensor, merged: int, more: int) -> tuple[Tensor, Tensor]:
     """Means of ``merged`` real tokens each, and of how many, ``[B or 1, 1, blocks]``."""
     sizes = pad(real, (0, more)).unflatten(1, (-1, merged)).sum(-1)
     sums = pad(tokens * real[:, None, :, None], (0, 0, 0, more)).unflatten(2, (-1, merged)).sum(3)

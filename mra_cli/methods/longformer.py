@@ -46,6 +46,7 @@ class Longformer(Approximation):
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
         band = Band.of(call, self._half(rows.mask))
+        tally.settled["width"] = 2 * band.half
         begin = first_key(rows.mask)
         end = begin + self.first
         tokens = begin + torch.arange(self.first, device=begin.device)

@@ -74,6 +74,7 @@ class Nystrom(Approximation):
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
         count, mask = self.count(call), rows.mask
+        tally.settled["landmarks"] = count
         tally.products += call.query.shape[:2].numel() * self._cost(call, count)
         query = _segment_means(rows.query, _real(mask.query_valid, mask, call.n_queries), count)
         key = _segment_means(rows.key, _real(mask.key_valid, mask, call.n_keys), count)

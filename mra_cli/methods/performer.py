@@ -60,6 +60,7 @@ class Performer(Approximation):
         rows = SoftmaxRows(call, tally)
         lse = rows.lse()
         count = self.features or count_for(call, self.budget)
+        tally.settled["features"] = count
         directions = orthogonal_features(count, call.query.shape[3], self.seed)
         Features.of(rows, directions).add_to(rows)
         return rows.output(), lse

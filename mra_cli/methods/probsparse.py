@@ -77,6 +77,7 @@ class ProbSparse(Approximation):
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
+        tally.settled["rows"] = choice["rows"].shape[3]
         rows.add(choice["rows"], None)
         return rows.output(), rows.lse()  # rows without a score get the mean
 

@@ -7,7 +7,7 @@ rows that see nothing and stable sums are seen to here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,10 +32,12 @@ class Tally:
         products: Multiply-adds in matrix products.
         entries: Exactly computed scores that the mask allows, of real rows, ``[B, H]``; None:
             don't count them, which takes time.
+        settled: Knobs that followed from the budget.
     """
 
     products: int = 0
     entries: Tensor | None = None
+    settled: dict[str, int] = field(default_factory=dict)
 
 
 class SoftmaxRows:

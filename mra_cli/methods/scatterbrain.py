@@ -64,6 +64,7 @@ class Scatterbrain(Approximation):
         rows.add(band.rows, band.keys, band.keep)
         lse = rows.lse()
         count = self.features or count_for(call, self.budget / 2, band.half)
+        tally.settled |= {"width": 2 * band.half, "features": count}
         directions = orthogonal_features(count, call.query.shape[3], self.seed)
         Features.of(rows, directions).add_to(rows, band.half, band.keep)
         return rows.output(), lse

@@ -70,7 +70,8 @@ class Skein(Approximation):
             if mask.key_valid is not None:
                 chances = chances.masked_fill(~mask.key_valid[:, None], 0.0)
             # The largest of luck ** (1 / chance) are a draw without replacement in proportion.
-            tickets = torch.rand(1, heads, call.n_keys, generator=generator).to(chances)
+            # Drawn key by key, so that padding moves nothing here, either.
+            tickets = torch.rand(call.n_keys, heads, generator=generator).T.to(chances)
             drawn = (tickets.log() / chances.clamp(min=1e-30)).masked_fill(chances == 0, -torch.inf)
             best = drawn.topk(count, -1)
         columns = best.indices.masked_fill(best.values == -torch.inf, -1)[:, :, None]
@@ -79,6 +80,7 @@ class Skein(Approximation):
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
         pilots, columns = choice["pilots"], choice["columns"]
+        tally.settled["columns"] = columns.shape[3]
         rows.add(_unique(pilots), None)
         is_pilot = torch.zeros(pilots.shape[0], call.n_queries, dtype=torch.bool)
         is_pilot = is_pilot.to(pilots.device).scatter(1, pilots[:, 0, 0], True)

@@ -69,6 +69,7 @@ class Smyrf(Approximation):
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
+        tally.settled["cluster"] = choice["keys"].shape[4]
         for own, keys in zip(choice["rows"].unbind(2), choice["keys"].unbind(2), strict=True):
             rows.add(own, keys)
         if rows.mask.is_causal and choice["keys"].shape[3] > 1:

@@ -25,10 +25,11 @@ class VMean(Approximation):
         source="baseline of Chen et al., NAACL 2022, arXiv 2112.05359",
         patterns=("NS", "CS", "NC", "CC"),
         cost="N",
-        budgets="multiply-adds",
+        budgets="nothing",
         honours=("soft-cap",),  # no score, no soft-cap
     )
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
+        tally.products += rows.value.numel()
         return rows.output(), rows.lse()  # of rows that reached no key

@@ -42,6 +42,7 @@ class Window(Approximation):
             half = half_width(rows.mask, self.budget * float(rows.mask.legal_per_row().sum()))
         else:
             half = self.width // 2
+        tally.settled["width"] = 2 * half
         band = Band.of(call, half)
         rows.add(band.rows, band.keys, band.keep)
         return rows.output(), rows.lse()
