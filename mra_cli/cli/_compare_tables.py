@@ -11,6 +11,8 @@ from mra_cli.bench.workload import PATTERNS
 from mra_cli.compare.report import ENTROPY_EDGES, CompareReport, ModelComparison, Row, pareto
 from mra_cli.evaluate import Damage
 
+_LAYERS_ABREAST = 15
+
 
 def heading(model: ModelComparison) -> list[tuple[str, str]]:
     """Lines above the tables, with their style."""
@@ -36,7 +38,7 @@ def tables(model: ModelComparison) -> Iterator[Table]:
             yield _methods(model, kind, budget)
     middle = model.budgets[len(model.budgets) // 2]
     for kind in model.kinds:
-        yield _layers(model, kind, middle)
+        yield from _layers(model, kind, middle)
         yield _entropy(model, kind, middle)
     yield _ablations(model)
     if model.excluded:
@@ -93,18 +95,20 @@ def _methods(model: ModelComparison, kind: str, budget: float) -> Table:
     return table
 
 
-def _layers(model: ModelComparison, kind: str, budget: float) -> Table:
-    rows = model.ranked(kind, budget)
-    table = Table(title=f"{kind}: error of each layer at budget {budget:g}")
-    table.add_column("#", justify="right")
-    for row in rows:
-        table.add_column(escape(row.method.replace("-", "-\n")), justify="right", no_wrap=True)
-    by_site = [{layer.site: layer.error for layer in row.layers} for row in rows]
-    for number, site in enumerate(model.sites):
-        if site.kind == kind:
-            errors = [errors.get(site.name) for errors in by_site]
-            table.add_row(str(number), *("" if e is None else _two(e) for e in errors))
-    return table
+def _layers(model: ModelComparison, kind: str, budget: float) -> Iterator[Table]:
+    numbers = [number for number, site in enumerate(model.sites) if site.kind == kind]
+    for first in range(0, len(numbers), _LAYERS_ABREAST):
+        part = numbers[first : first + _LAYERS_ABREAST]
+        table = Table(title=f"{kind}: error at each site, budget {budget:g}")
+        table.add_column("method")
+        for number in part:
+            table.add_column(str(number), justify="right")
+        for row in model.ranked(kind, budget):
+            errors = {layer.site: layer.error for layer in row.layers}
+            found = [errors.get(model.sites[number].name) for number in part]
+            cells = ("" if e is None else f"{e:.2f}".removeprefix("0") for e in found)
+            table.add_row(escape(row.method), *cells)
+        yield table
 
 
 def _entropy(model: ModelComparison, kind: str, budget: float) -> Table:
@@ -169,10 +173,6 @@ def _at(sites: int, of: int) -> str:
 
 def _knobs(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.settled.items())
-
-
-def _two(error: float) -> str:
-    return f"{error:.2f}".removeprefix("0")
 
 
 def _three(value: float) -> str:

@@ -71,6 +71,12 @@ def _panel(
     axes.plot([1.0], [0.0], "*", color="black", markersize=11, label="exact", clip_on=False)
     points = [*zip(costs, (row.error for row in rows), strict=True), (1.0, 0.0)]
     front = sorted(points[i] for i in pareto(points))
+    named: set[str] = set()
+    for cost, row in zip(costs, rows, strict=True):
+        if (cost, row.error) in front and row.method not in named and row.method != "vmean":
+            named.add(row.method)
+            offset = {"xytext": (-4, -10), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(row.method, (cost, row.error), fontsize=7.5, **offset)
     axes.step(
         *zip(*front, strict=True),
         where="post",
@@ -94,6 +100,12 @@ def _panel(
             color="#666666",
         )
     axes.set_xscale("log")
+    shown = [c for c, row in zip(costs, rows, strict=True) if row.method != "vmean"]
+    low, high = min(0.9, *shown) / 1.3, max(1.0, *shown) * 1.3
+    axes.set_xlim(low, high)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= t <= high]
+    axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_ylim(0.0, max(1.05, min(1.6, 1.05 * max(row.error for row in rows))))
     axes.set_xlabel(f"{what}, exact attention = 1")
     axes.set_ylabel("output error (relative)")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mra_cli.calls import AttentionCall
 from mra_cli.methods.rows import Keep, SoftmaxRows, groups
 
 BLOCK = 64
-"""Rows and keys per block where what a row may see differs between rows."""
+"""Rows that share their sums over keys where what a row may see differs between rows."""
 
 
 def orthogonal_features(count: int, width: int, seed: int) -> Tensor:
@@ -55,69 +56,92 @@ class Features:
         query, key = log_q - peak_q[..., None], log_k - peak_k[..., None, None]
         return cls(query.exp(), key.exp(), peak)
 
-    def add_to(self, rows: SoftmaxRows, reach: int = 0, near: Keep | None = None) -> None:
+    def add_to(
+        self, rows: SoftmaxRows, block: int = BLOCK, reach: int = 0, near: Keep | None = None
+    ) -> None:
         """Add the approximated scores of all visible pairs but those that are ``near``.
 
         Args:
+            block: Rows that share their sums over keys, where rows see different keys.
             reach: How far apart in positions near pairs can be.
         """
         value = torch.nn.functional.pad(rows.value, (0, 1), value=1.0)  # the last one counts
         if near is None and not rows.mask.is_causal:
             every = groups(rows.mask.n_queries, rows.mask.n_queries, value.device)
-            state = self.key.transpose(2, 3) @ value
-            sums = (self.query @ state)[:, :, None]
-            self._product(rows, self.key.shape[2] + self.query.shape[2], value.shape[3])
+            self._tell(rows, self.key.shape[2] + self.query.shape[2], value.shape[3])
+            sums = (self.query @ (self.key.transpose(2, 3) @ value))[:, :, None]
         else:
-            every = groups(rows.mask.n_queries, BLOCK, value.device)
-            sums = self._far(rows, value, reach) + self._within(rows, value, reach, near)
+            every = groups(rows.mask.n_queries, block, value.device)
+            across = -(-reach // block)
+            sums = self._within(rows, value, every, across, near) + self._before(
+                rows, value, block, across, forwards=True
+            )
+            if not rows.mask.is_causal:
+                sums = sums + self._before(rows, value, block, across, forwards=False)
         peak = torch.nn.functional.pad(self.peak, (0, every.numel() - self.peak.shape[2]))
-        peak = peak.unflatten(2, every.shape[2:])
-        rows.add_part(every, peak, sums[..., -1], sums[..., :-1])
+        rows.add_part(every, peak.unflatten(2, every.shape[2:]), sums[..., -1], sums[..., :-1])
 
-    def _far(self, rows: SoftmaxRows, value: Tensor, reach: int) -> Tensor:
-        """Sums over all keys of blocks out of reach, ``[B, H, G, BLOCK, Dv + 1]``."""
-        key, held = (_blocks(x) for x in (self.key, value))
-        sums = key.transpose(3, 4) @ held  # of each block
-        across = -(-reach // BLOCK)
-        empty = sums.new_zeros(*sums.shape[:2], across + 1, *sums.shape[3:])
-        state = torch.cat([empty, sums.cumsum(2)], 2)[:, :, : sums.shape[2]]
-        if not rows.mask.is_causal:
-            after = torch.cat([empty, sums.flip(2).cumsum(2)], 2)[:, :, : sums.shape[2]]
-            state = state + after.flip(2)
-        self._product(rows, self.key.shape[2] + self.query.shape[2], value.shape[3])
-        return _blocks(self.query) @ state
+    def _before(
+        self, rows: SoftmaxRows, value: Tensor, block: int, across: int, *, forwards: bool
+    ) -> Tensor:
+        """Sums over the keys of all blocks more than ``across`` before each block (or after it),
+        ``[B, H, G, block, Dv + 1]``; one block after the other, for little memory."""
+        query, key, held = (_blocks(x, block) for x in (self.query, self.key, value))
+        count = query.shape[2]
+        state = value.new_zeros(*value.shape[:2], key.shape[4], value.shape[3])
+        parts = [value.new_zeros(0)] * count
+        for number in range(count) if forwards else range(count - 1, -1, -1):
+            left = number - across - 1 if forwards else number + across + 1
+            if 0 <= left < count:
+                state = state + key[:, :, left].transpose(2, 3) @ held[:, :, left]
+            parts[number] = query[:, :, number] @ state
+        self._tell(rows, self.key.shape[2] + self.query.shape[2], value.shape[3])
+        return torch.stack(parts, 2)
 
-    def _within(self, rows: SoftmaxRows, value: Tensor, reach: int, near: Keep | None) -> Tensor:
-        """Sums over the keys of blocks in reach, pair by pair, as `_far`."""
-        every = groups(rows.mask.n_queries, BLOCK, value.device)
-        before = -(-reach // BLOCK)
-        after = 0 if rows.mask.is_causal else before
-        first = torch.arange(every.shape[2], device=every.device) - before
-        keys = first[:, None] * BLOCK + torch.arange((before + after + 1) * BLOCK).to(every)
+    def _within(
+        self, rows: SoftmaxRows, value: Tensor, every: Tensor, across: int, near: Keep | None
+    ) -> Tensor:
+        """Sums over the keys of blocks at most ``across`` apart, pair by pair, as `_before`."""
+        block = every.shape[3]
+        after = 0 if rows.mask.is_causal else across
+        first = torch.arange(every.shape[2], device=every.device) - across
+        keys = first[:, None] * block + torch.arange((across + after + 1) * block).to(every)
         keys = keys.masked_fill((keys < 0) | (keys >= rows.mask.n_keys), -1)[None, None]
         far = None if near is None else lambda row, key: ~near(row, key)
         parts = []
-        for block in range(every.shape[2]):
-            own, whose = every[:, :, block : block + 1], keys[:, :, block : block + 1]
+        for number in range(every.shape[2]):
+            own, whose = every[:, :, number : number + 1], keys[:, :, number : number + 1]
             there, named = own[0, 0, 0].clamp(min=0), whose[0, 0, 0].clamp(min=0)
             products = self.query[:, :, there] @ self.key[:, :, named].transpose(2, 3)
             seen = rows.seen(own, whose, far)
             if seen is not None:
                 products = products * seen[:, :, 0]
             parts.append(products @ value[:, :, named])
-            self._product(
-                rows,
-                products.shape[2] * products.shape[3] / self.query.shape[3],
-                self.query.shape[3] + value.shape[3],
-            )
+            width = self.query.shape[3] + value.shape[3]
+            rows.tally.products += products.numel() * width
         return torch.stack(parts, 2)
 
-    def _product(self, rows: SoftmaxRows, tokens: float, width: int) -> None:
+    def _tell(self, rows: SoftmaxRows, tokens: int, width: int) -> None:
         batch, heads, _, count = self.query.shape
-        rows.tally.products += round(batch * heads * tokens * count * width)
+        rows.tally.products += batch * heads * tokens * count * width
 
 
-def _blocks(tokens: Tensor) -> Tensor:
-    """``[B, H, L, D]`` in blocks, ``[B, H, G, BLOCK, D]``, with zeros after the last."""
-    more = -tokens.shape[2] % BLOCK
-    return torch.nn.functional.pad(tokens, (0, 0, 0, more)).unflatten(2, (-1, BLOCK))
+def _blocks(tokens: Tensor, block: int) -> Tensor:
+    """``[B, H, L, D]`` in blocks, ``[B, H, G, block, D]``, with zeros after the last."""
+    more = -tokens.shape[2] % block
+    return torch.nn.functional.pad(tokens, (0, 0, 0, more)).unflatten(2, (-1, block))
+
+
+def feature_products(call: AttentionCall, count: int, block: int, reach: int | None) -> int:
+    """Multiply-adds of ``count`` features in a call.
+
+    Args:
+        block, reach: As in `Features.add_to`; ``reach`` None: no pairs are left out.
+    """
+    (batch, heads, n, width), m, value = call.query.shape, call.n_keys, call.value.shape[3] + 1
+    made = (n + m) * count * width
+    if reach is None and not (call.mask is not None and call.mask.is_causal):
+        return batch * heads * (made + (n + m) * count * value)
+    sides = 1 if call.mask is not None and call.mask.is_causal else 2
+    keys = (sides * -(-(reach or 0) // block) + 1) * block
+    return batch * heads * (made + sides * (n + m) * count * value + n * keys * (count + value))

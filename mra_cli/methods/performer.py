@@ -16,7 +16,7 @@ from mra_cli.methods.base import (
     knob_for,
     reason_against_part,
 )
-from mra_cli.methods.features import BLOCK, Features, orthogonal_features
+from mra_cli.methods.features import BLOCK, Features, feature_products, orthogonal_features
 from mra_cli.methods.rows import SoftmaxRows, Tally
 
 
@@ -59,26 +59,12 @@ class Performer(Approximation):
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
         lse = rows.lse()
-        count = self.features or count_for(call, self.budget)
+        count = self.features or knob_for(
+            self.budget * exact_products(call),
+            lambda count: float(feature_products(call, count, BLOCK, None)),
+            max(call.query.shape[3], call.n_keys),
+        )
         tally.settled["features"] = count
         directions = orthogonal_features(count, call.query.shape[3], self.seed)
         Features.of(rows, directions).add_to(rows)
         return rows.output(), lse
-
-
-def count_for(call: AttentionCall, budget: float, reach: int | None = None) -> int:
-    """The features whose multiply-adds come nearest to a share of exact attention's.
-
-    Args:
-        reach: How far pairs reach that are left out, see `Features.add_to`; None: there are none.
-    """
-    (batch, heads, n, width), m, value = call.query.shape, call.n_keys, call.value.shape[3] + 1
-    causal = call.mask is not None and call.mask.is_causal
-    across = 0 if reach is None else -(-reach // BLOCK)
-    blocks = across + 1 + (0 if causal else across)
-    pairs = n * blocks * BLOCK if causal or reach is not None else 0
-
-    def cost(count: int) -> float:
-        return float(batch * heads * ((n + m) * count * (width + value) + pairs * (count + value)))
-
-    return knob_for(budget * exact_products(call), cost, max(width, m))

@@ -9,16 +9,23 @@ from torch import Tensor
 
 from mra_cli.calls import AttentionCall
 from mra_cli.methods.bands import Band, half_width
-from mra_cli.methods.base import About, Approximation, Choice, reason_against_part
-from mra_cli.methods.features import Features, orthogonal_features
-from mra_cli.methods.performer import count_for
+from mra_cli.methods.base import (
+    About,
+    Approximation,
+    Choice,
+    exact_products,
+    knob_for,
+    reason_against_part,
+)
+from mra_cli.methods.features import Features, feature_products, orthogonal_features
 from mra_cli.methods.rows import SoftmaxRows, Tally
 
 
 @dataclass(frozen=True)
 class Scatterbrain(Approximation):
     """Sparse plus low-rank (Chen et al., NeurIPS 2021, arXiv 2110.15343): keys in a window exactly,
-    all others by `Performer`'s features. Half of a budget goes to each.
+    all others by `Performer`'s features. The window gets a third of a budget's scores, the features
+    what is left of its multiply-adds.
 
     Attributes:
         width: Positions in the window, half on each side.
@@ -56,15 +63,20 @@ class Scatterbrain(Approximation):
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
         if self.width is None:
-            entries = self.budget / 2 * float(rows.mask.legal_per_row().sum())
+            entries = self.budget / 3 * float(rows.mask.legal_per_row().sum())
             half = half_width(rows.mask, entries)
         else:
             half = self.width // 2
         band = Band.of(call, half)
         rows.add(band.rows, band.keys, band.keep)
         lse = rows.lse()
-        count = self.features or count_for(call, self.budget / 2, band.half)
+        block = band.rows.shape[3]
+        count = self.features or knob_for(
+            self.budget * exact_products(call) - tally.products,
+            lambda count: float(feature_products(call, count, block, band.half)),
+            max(call.query.shape[3], call.n_keys),
+        )
         tally.settled |= {"width": 2 * band.half, "features": count}
         directions = orthogonal_features(count, call.query.shape[3], self.seed)
-        Features.of(rows, directions).add_to(rows, band.half, band.keep)
+        Features.of(rows, directions).add_to(rows, block, band.half, band.keep)
         return rows.output(), lse
