@@ -56,7 +56,7 @@ def draw(report: CompareReport, kind: str) -> bytes:
 def _panel(
     axes: Any, rows: list[Row], costs: list[float], names: list[str], title: str, what: str
 ) -> None:
-    for name in dict.fromkeys(row.method for row in rows):
+    for name in dict.fromkeys(row.method for row in rows if row.method != "vmean"):
         points = [(c, r.error) for c, r in zip(costs, rows, strict=True) if r.method == name]
         if len({error for _, error in points}) == 1:  # the same at every budget
             points = points[:1]
@@ -90,7 +90,7 @@ def _panel(
     if floor:
         axes.axhline(floor[0], color="#888888", linewidth=0.8, linestyle="--", zorder=0)
         axes.annotate(
-            "mean of V",
+            "vmean",
             (0.99, floor[0]),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),

@@ -34,7 +34,7 @@ class Band:
         mask = call.mask
         assert mask is not None
         half = min(half, call.n_keys)
-        size = max(16, min(64, half))
+        size = max(16, min(64, half // 2))
         rows = groups(call.n_queries, size, call.query.device)
         after = 0 if mask.is_causal else half
         first = torch.arange(rows.shape[2], device=rows.device) * size + mask.query_offset - half

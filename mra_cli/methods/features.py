@@ -20,7 +20,9 @@ def orthogonal_features(count: int, width: int, seed: int) -> Tensor:
     (Choromanski et al., ICLR 2021, arXiv 2009.14794)."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(-(-count // width), width, width, generator=generator, dtype=torch.float64)
-    directions = torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1)[:count]
+    q, r = torch.linalg.qr(normal)
+    q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # else some directions never come up
+    directions = q.transpose(1, 2).flatten(0, 1)[:count]
     norms = torch.randn(count, width, generator=generator, dtype=torch.float64).norm(dim=1)
     return directions * norms[:, None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,7 +51,7 @@ class H1D(Approximation):
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
-        allowed = max(1, round(self.budget * call.n_keys / 2))
+        allowed = math.ceil(self.budget * call.n_keys / 2)
         side = allowed if self.block is None else self.block
         tally.settled["block"] = side
         nearby = groups(call.n_keys, 2 * side, call.query.device)

@@ -39,6 +39,7 @@ _ABOUT = About(
     source="Zeng et al., ICML 2022, arXiv 2207.10284",
     patterns=("NS", "CS", "NC", "CC"),
     cost="N^2 / block^2 pooled scores, then N x keys kept",
+    looks_ahead=True,
 )
 
 

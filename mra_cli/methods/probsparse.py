@@ -35,6 +35,7 @@ class ProbSparse(Approximation):
         source="Informer: Zhou et al., AAAI 2021, arXiv 2012.07436",
         patterns=("NS", "CS", "NC"),
         cost="N x (rows + log N)",
+        looks_ahead=True,
         honours=("bias", "soft-cap"),
     )
 
@@ -70,7 +71,9 @@ class ProbSparse(Approximation):
             )[:, :, :, 0]
         tally.products += scores.numel() * call.query.shape[3]
         known = scores.masked_fill(scores == -torch.inf, 0.0)
-        peaked = scores.amax(-1) - known.sum(-1) / call.n_keys
+        valid = rows.mask.key_valid
+        length = call.n_keys if valid is None else valid.sum(1)[:, None, None]
+        peaked = scores.amax(-1) - known.sum(-1) / length
         peaked = peaked.masked_fill(~call.valid_rows[:, None], -torch.inf)
         best = peaked.topk(min(wanted, call.n_queries), -1)
         return {"rows": best.indices.masked_fill(best.values == -torch.inf, -1)[:, :, None]}

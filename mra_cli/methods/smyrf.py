@@ -12,6 +12,7 @@ from mra_cli.calls import AttentionCall
 from mra_cli.methods.bands import Band
 from mra_cli.methods.base import About, Approximation, Choice
 from mra_cli.methods.rows import SoftmaxRows, Tally
+from mra_kernels import AttentionMask
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Smyrf(Approximation):
         source="Daras et al., NeurIPS 2020, arXiv 2010.05315",
         patterns=("NS", "CS", "NC"),
         cost="hashes x N x (log N + cluster)",
+        looks_ahead=True,
         adapted="causal: one more round, a window",
     )
 
@@ -64,8 +66,8 @@ class Smyrf(Approximation):
         hashes = self.hashes if clusters > 1 else 1
         with torch.no_grad():
             query_at, key_at = self._places(call, hashes, tally)
-        own = -(-call.n_queries * size // call.n_keys)
-        return {"rows": _cut(query_at, own, clusters), "keys": _cut(key_at, size, clusters)}
+        rows = _in_proportion(query_at, call.mask, size, clusters)
+        return {"rows": rows, "keys": _cut(key_at, size, clusters)}
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)
@@ -108,3 +110,23 @@ def _cut(places: Tensor, size: int, count: int) -> Tensor:
     """The last dimension in ``count`` runs of ``size``, -1 after the last."""
     more = count * size - places.shape[-1]
     return torch.nn.functional.pad(places, (0, more), value=-1).unflatten(-1, (-1, size))
+
+
+def _in_proportion(places: Tensor, mask: AttentionMask, size: int, count: int) -> Tensor:
+    """Real queries in as many runs as there are of ``size`` real keys, -1 where there are none."""
+    device, shape = places.device, (places.shape[0], 1)
+    counts = [
+        torch.full(shape, length, device=device)
+        if real is None
+        else real.sum(1, keepdim=True).expand(shape)
+        for real, length in ((mask.query_valid, mask.n_queries), (mask.key_valid, mask.n_keys))
+    ]
+    queries, keys = counts
+    run = torch.arange(count + 1, device=device)
+    begin = -(-run * queries * size // keys.clamp(min=1))  # ceil
+    begin = torch.minimum(begin, queries)
+    most = int((begin[:, 1:] - begin[:, :-1]).max())
+    rank = begin[:, :-1, None] + torch.arange(max(1, most), device=device)
+    index = rank.clamp(max=places.shape[-1] - 1)[:, None, None].expand(*places.shape[:3], -1, -1)
+    found = places.gather(-1, index.flatten(-2)).view(index.shape)
+    return found.masked_fill((rank >= begin[:, 1:, None])[:, None, None], -1)
