@@ -48,7 +48,7 @@ class About:
             ``multiply-adds`` (where few or no scores are exact), or ``nothing``: it plays no part.
         masks: The most that it can take.
         honours: What else may enter the scores: of ``bias``, ``soft-cap``, ``sinks``.
-        looks_ahead: In causal calls its choice depends on later tokens; what it computes never does.
+        looks_ahead: In causal calls choices depend on later tokens (what it computes never does).
         adapted: Where it departs from the paper, in words; empty: nowhere.
         calibrated: It needs a calibration on the checkpoint's own queries, keys and values.
     """
