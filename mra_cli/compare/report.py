@@ -107,7 +107,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What attention at one site (or at all) is worth: the model without it.
+    """What attention at one site (or at all) is worth: the model without it, on the first sample.
 
     Attributes:
         site: Its name; ``all``: every one that was measured.

@@ -117,13 +117,13 @@ def compare(
         if able:
             with patched(checkpoint.model, Plan.uniform(able, method)):
                 whole.append(Whole(method.name, method.budget, len(able), judge.judge()))
-    ablations = []
+    first, ablations = Judge(checkpoint.model, samples.batches[:1], checkpoint.tokenizer, seed), []
     for removed in [sites, *([site] for site in sites)] if len(sites) > 1 else [sites]:
         name = "all" if removed is sites else removed[0].name
         damages = []
         for what, handler in (("its mean", _mean_of_values), ("nothing", _nothing)):
             step(f"replacing attention by {what}: {name}")
-            damages.append(_damage(checkpoint, judge, removed, handler))
+            damages.append(_damage(checkpoint, first, removed, handler))
         ablations.append(Ablation(name, *damages))
     return ModelComparison(
         provenance=Provenance.collect(checkpoint, samples, seed),
