@@ -255,7 +255,7 @@ def _summarised(
         f"sample ({speed} here, at this length)."
     )
     forced = sum(row.forced for row in rows) / len(rows)
-    if density > 1.02 * budget:
+    if density > 1.02 * budget and forced > 0:
         summary += (
             f" {100 * forced:.1f} % had to be exact whatever the budget: entries that masks cut "
             "through, and rows that would see nothing."

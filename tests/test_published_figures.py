@@ -84,8 +84,8 @@ def test_selection_by_row_beats_selection_by_mu(calls):
     assert by_row < by_mu
 
 
-# Method, settings, error on three English and code texts of the same length; how spread attention is
-# in a text moves all of them: on argparse.py they are 10 to 15 % lower.
+# Method, settings, error on three English and code texts of the same length. How spread attention
+# is in a text moves them all: on argparse.py they are 5 to 15 % lower.
 OTHERS = [
     ("smyrf", {"hashes": 2, "cluster": 32}, 0.88),
     ("smyrf", {"hashes": 4, "cluster": 64}, 0.49),

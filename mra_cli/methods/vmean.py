@@ -14,7 +14,8 @@ from mra_cli.methods.rows import SoftmaxRows, Tally
 
 @dataclass(frozen=True)
 class VMean(Approximation):
-    """Every row gets the mean of the values it may see: attention without queries and keys.
+    """Every row gets the mean of the values it may see: attention without scores, and so without
+    whatever else enters them.
 
     The floor of Skeinformer's comparison (Chen et al., NAACL 2022, arXiv 2112.05359).
     """
@@ -26,7 +27,6 @@ class VMean(Approximation):
         patterns=("NS", "CS", "NC", "CC"),
         cost="N",
         budgets="nothing",
-        honours=("soft-cap",),  # no score, no soft-cap
     )
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
