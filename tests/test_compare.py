@@ -217,7 +217,7 @@ def test_the_command_writes_what_it_shows(cli, bert, text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--methods", "mra3"], 1, ["method must be one of", "got 'mra3'", "did you mean 'mra"]),
+        (["--methods", "mra9"], 1, ["method must be one of", "got 'mra9'", "did you mean 'mra"]),
         (["--methods", "yoso"], 1, ["yoso needs a model trained with it", "choose another"]),
         (["--methods", "linformer"], 1, ["linformer needs", "learned"]),
         (["--set", "hashes=8"], 1, ["--set must name a method", "smyrf.hashes=8", "got hashes=8"]),
