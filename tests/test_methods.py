@@ -10,7 +10,7 @@ import torch
 
 from method_formulas import FORMULAS
 from mra_cli.bench.single import BenchSetup, run_bench
-from mra_cli.bench.workload import RandomWorkload
+from mra_cli.bench.workload import RandomWorkload, decode_call
 from mra_cli.calls import AttentionCall
 from mra_cli.causality import lookahead
 from mra_cli.errors import InputError
@@ -315,3 +315,29 @@ def test_short_calls_stay_exact(name):
 @pytest.mark.parametrize("name", ["window", "h1d", "combiner-fixed", "scatterbrain"])
 def test_two_sequences_are_not_one(name):
     assert "of two" in fixed(name).reason_for_exact(make_call("NC", n=90))
+
+
+def test_long_groups_are_computed_in_pieces(monkeypatch):
+    """Memory is bounded by rows at once, whatever a method puts into one group."""
+    for name in TRAINING_FREE:
+        call = make_call(OTHERS[name].about.patterns[0], padding="left")
+        whole = fixed(name)(call).output
+        with monkeypatch.context() as few:
+            few.setattr("mra_cli.methods.rows._SCORES_AT_ONCE", 3000)
+            torch.testing.assert_close(fixed(name)(call).output, whole)
+
+
+@pytest.mark.parametrize("name", [n for n, m in TRAINING_FREE.items() if "CS" in m.about.patterns])
+def test_decoding_is_refused_or_agrees_with_the_last_rows(name):
+    """New queries against a full cache, as `bench --decode` asks for them."""
+    call = make_call("CS", n=64)
+    last = decode_call(call, 3)
+    if fixed(name).reason_against_call(last) is not None:
+        assert "at once" in fixed(name).reason_against_call(last)
+        return
+    assert fixed(name).reason_against_call(call) is None
+    if OTHERS[name].about.looks_ahead:  # chooses by other queries, too
+        assert torch.isfinite(fixed(name)(last).output).all()
+        return
+    whole = fixed(name)(call).output[:, :, -3:]
+    torch.testing.assert_close(fixed(name)(last).output, whole)

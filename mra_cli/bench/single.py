@@ -100,7 +100,9 @@ def cases(workload: Workload, setup: BenchSetup) -> list[Case]:
                 reason = refusal or _reason_against(method, pattern)
                 if reason is None and call is not None:
                     reason = reason_against_impl(method, call, backward=setup.backward)
-                    if reason is None and not setup.decode:  # which has no blocks of queries
+                    if reason is None and setup.decode:  # which has few queries to gain from
+                        reason = method.reason_against_call(call)
+                    elif reason is None:
                         reason = method.reason_for_exact(call)
                 found.append(Case(pattern, length, method, setting, reason))
     return found

@@ -100,6 +100,9 @@ class Method(Protocol):
         """Why it can't serve the model of that fingerprint (`Checkpoint.fingerprint`), as one that
         was calibrated on another; None if it can."""
 
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all; None if it can."""
+
     def reason_for_exact(self, call: AttentionCall) -> str | None:
         """Why this call is better left exact (or has to be); None if it need not."""
 
@@ -175,9 +178,16 @@ class Approximation:
         """Nothing here was fitted to one model."""
         return None
 
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all, as far as `About` tells; None if it can."""
+        return _reason_by_about(self, call)
+
     def reason_for_exact(self, call: AttentionCall) -> str | None:
         """Why this call stays exact; None: the method takes it."""
-        return reason_against_call(self, call)
+        for count, what in ((call.n_queries, "queries"), (call.n_keys, "keys")):
+            if count < LEAST:
+                return f"{count} {what} are too few to gain anything ({LEAST})"
+        return self.reason_against_call(call)
 
     def choose(self, call: AttentionCall, tally: Tally) -> Choice:
         """What depends on the numbers, or on chance, and must not change when they are rounded."""
@@ -263,14 +273,10 @@ def exact_products(call: AttentionCall) -> int:
     return call.legal_entries * (call.query.shape[-1] + call.value.shape[-1])
 
 
-def reason_against_call(method: Method | Approximation, call: AttentionCall) -> str | None:
-    """Why a call can't be approximated, or is too short to be, as far as `About` tells."""
+def _reason_by_about(method: Approximation, call: AttentionCall) -> str | None:
     about, mask = method.about, call.mask
     if mask is None:
         return "its heads have different masks"
-    for count, what in ((call.n_queries, "queries"), (call.n_keys, "keys")):
-        if count < LEAST:
-            return f"{count} {what} are too few to gain anything ({LEAST})"
     extras = {"bias": call.bias, "soft-cap": call.softcap, "sinks": call.sinks}
     for extra, value in extras.items():
         if value is not None and extra not in about.honours:

@@ -46,9 +46,9 @@ class BigBird(Approximation):
         if self.random < 0:
             raise ValueError(f"random must be at least 0, got {self.random}")
 
-    def reason_for_exact(self, call: AttentionCall) -> str | None:
-        """Why this call stays exact; None: the method takes it."""
-        return super().reason_for_exact(call) or reason_against_part(self, call)
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all; None if it can."""
+        return super().reason_against_call(call) or reason_against_part(self, call)
 
     def side(self, n_keys: int, causal: bool) -> int:
         """Tokens per block: the setting, or what the budget allows."""

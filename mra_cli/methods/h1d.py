@@ -45,9 +45,9 @@ class H1D(Approximation):
         if self.block is not None and self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
 
-    def reason_for_exact(self, call: AttentionCall) -> str | None:
-        """Why this call stays exact; None: the method takes it."""
-        return super().reason_for_exact(call) or reason_against_part(self, call)
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all; None if it can."""
+        return super().reason_against_call(call) or reason_against_part(self, call)
 
     def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
         rows = SoftmaxRows(call, tally)

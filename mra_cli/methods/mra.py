@@ -91,6 +91,10 @@ class MraFamily(ABC):
         """Nothing here was fitted to one model."""
         return None
 
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed at all; None if it can."""
+        return "its heads have different masks" if call.mask is None else None
+
     def settings(self) -> dict[str, Any]:
         """Name, budget and changed settings, JSON types only."""
         values = {key: getattr(self.config, key) for key in ("budget", *self.knobs)}

@@ -49,9 +49,9 @@ class Performer(Approximation):
         if self.features is not None and self.features < 1:
             raise ValueError(f"features must be at least 1, got {self.features}")
 
-    def reason_for_exact(self, call: AttentionCall) -> str | None:
-        """Why this call stays exact; None: the method takes it."""
-        reason = super().reason_for_exact(call)
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all; None if it can."""
+        reason = super().reason_against_call(call)
         if reason is None and call.mask is not None and call.mask.is_causal:
             reason = reason_against_part(self, call)
         return reason

@@ -74,8 +74,14 @@ class SoftmaxRows:
         """
         batch, heads, _, width = self.query.shape
         n_keys = self.mask.n_keys if keys is None else keys.shape[3]
-        floats = batch * heads * max(rows.shape[3], n_keys) * max(min(rows.shape[3], n_keys), width)
-        step = max(1, _SCORES_AT_ONCE // floats)
+        per_row = batch * heads * max(n_keys, width)
+        most = max(1, _SCORES_AT_ONCE // per_row)
+        if rows.shape[3] > most:
+            for part in rows.split(most, 3):
+                self.add(part, keys, keep)
+            return
+        gathered = batch * heads * n_keys * width
+        step = max(1, _SCORES_AT_ONCE // max(gathered, per_row * rows.shape[3]))
         for first in range(0, rows.shape[2], step):
             own = rows[:, :, first : first + step]
             whose = keys

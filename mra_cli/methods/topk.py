@@ -63,5 +63,9 @@ class TopK(Approximation):
             own = torch.arange(first, first + best.shape[2], device=best.device)[None, None, None]
             kept = torch.zeros(*best.shape[:3], call.n_keys + 1, dtype=torch.bool)
             kept = kept.to(best.device).scatter(3, best % (call.n_keys + 1), True)[..., :-1]
-            rows.add(own, None, lambda row, key, kept=kept: kept[:, :, None])  # type: ignore[misc]
+
+            def among(row: Tensor, key: Tensor, kept: Tensor = kept, first: int = first) -> Tensor:
+                return kept[:, :, None, row.flatten() - first]
+
+            rows.add(own, None, among)
         return rows.output(), rows.lse()
