@@ -126,7 +126,10 @@ def smyrf(call, method, choice):
             g = torch.stack([*k.T, gap_k, nothing[1]], 1)
             for line in lines.T:
                 places = [
-                    sorted(range(len(x)), key=lambda i: (not bool(real[i]), float(x[i] @ line)))
+                    sorted(
+                        range(len(x)),
+                        key=lambda i: (not bool(real[i]), float((x[i] @ line).detach())),
+                    )
                     for x, real in ((f, real_q[b]), (g, real_k[b]))
                 ]
                 n_q, n_k = int(real_q[b].sum()), int(real_k[b].sum())

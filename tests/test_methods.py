@@ -317,6 +317,36 @@ def test_two_sequences_are_not_one(name):
     assert "of two" in fixed(name).reason_for_exact(make_call("NC", n=90))
 
 
+@pytest.mark.parametrize("name", TRAINING_FREE)
+def test_gradients_are_those_of_the_formula(name):
+    call = make_call(OTHERS[name].about.patterns[0], n=30)
+    choice = fixed(name)(call).plan.choice
+    found = []
+    for attend in (
+        lambda call: fixed(name)(call).output,
+        lambda call: FORMULAS[name](call, fixed(name), choice),
+    ):
+        leaves = [x.detach().clone().requires_grad_() for x in (call.query, call.key, call.value)]
+        output = attend(replace(call, query=leaves[0], key=leaves[1], value=leaves[2]))
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        found.append(torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True))
+    for ours, expected in zip(*found, strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32(dtype):
+    for name in TRAINING_FREE:
+        call = make_call(OTHERS[name].about.patterns[0], n=80, padding="right", dtype=dtype)
+        result = fixed(name)(call)
+        assert result.output.dtype == dtype
+        expected = fixed(name).in_float64(call, result, 4)
+        off = relative_error(result.output, expected, call.valid_rows)
+        assert off.max() < torch.finfo(dtype).eps
+
+
 def test_long_groups_are_computed_in_pieces(monkeypatch):
     """Memory is bounded by rows at once, whatever a method puts into one group."""
     for name in TRAINING_FREE:

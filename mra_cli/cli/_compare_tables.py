@@ -173,7 +173,8 @@ def _at(sites: int, of: int) -> str:
 
 
 def _knobs(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row.settled.items())
+    knobs = ", ".join(f"{name} {value}" for name, value in row.settled.items())
+    return f"{knobs}, by multiply-adds" if row.matched == "multiply-adds" else knobs
 
 
 def _three(value: float) -> str:
