@@ -57,8 +57,10 @@ def test_figures_hang_together(report):
             assert {site.kind for site in model.sites} >= {row.kind}
             assert row.kind in METHODS[row.method].about.patterns
             assert (row.lookahead is None) == (row.kind[0] == "N")
-            if row.kind == "CS" and row.budget < 1:
-                assert (row.lookahead > 1e-5) == METHODS[row.method].about.looks_ahead, row
+            if row.kind == "CS" and not METHODS[row.method].about.looks_ahead:
+                assert row.lookahead < 1e-5, row
+            if row.kind == "CS" and row.method == "smyrf" and row.budget < 1:
+                assert row.lookahead > 0.01
             assert 0 <= row.density <= 1.001 and row.multiply_adds > 0
             assert row.exact_ms > 0 and row.method_bytes > 0
             if row.budget == 1.0 and row.matched == "scores":
