@@ -62,10 +62,13 @@ def agreement(report: CompareReport) -> Iterator[Table]:
 def _methods(model: ModelComparison, kind: str, budget: float) -> Table:
     rows = model.ranked(kind, budget)
     exact = rows[0]
+    caption = "* on the Pareto front: none (nor exact attention) has less error for fewer products"
+    by_work = [row.method for row in rows if row.matched == "multiply-adds"]
+    if by_work:
+        caption += f"; budgets of multiply-adds: {', '.join(sorted(by_work))}"
     table = Table(
         title=f"{kind}, {PATTERNS[kind]}, budget {budget:g}, least error first",
-        caption="* on the Pareto front: none (nor exact attention) has less error for fewer "
-        "multiply-adds",
+        caption=caption,
     )
     causal = kind[0] == "C"
     names = ["method", "error", "worst", "exact\nscores", "multiply-\nadds", "time", "peak MiB"]
@@ -173,8 +176,7 @@ def _at(sites: int, of: int) -> str:
 
 
 def _knobs(row: Row) -> str:
-    knobs = ", ".join(f"{name} {value}" for name, value in row.settled.items())
-    return f"{knobs}, by multiply-adds" if row.matched == "multiply-adds" else knobs
+    return ", ".join(f"{name} {value}" for name, value in row.settled.items())
 
 
 def _three(value: float) -> str:

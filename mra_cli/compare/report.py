@@ -50,6 +50,7 @@ class Row:
         by_entropy: Error over the rows of each bin of `ENTROPY_EDGES`, all sites together; None: no
             such rows.
         exact_ms, method_ms: Median latency of one call, at the site in the middle.
+        time: Median over pairs of runs of the method's time by exact attention's.
         exact_bytes, method_bytes: Peak extra memory of that call.
         lookahead: For causal kinds: by how much the first half of the output moves when only the
             second half of the input changes, relative, at the site that moves most; else None.
@@ -64,6 +65,7 @@ class Row:
     by_entropy: tuple[float | None, ...]
     exact_ms: float
     method_ms: float
+    time: float
     exact_bytes: int
     method_bytes: int
     lookahead: float | None
@@ -82,11 +84,6 @@ class Row:
     def multiply_adds(self) -> float:
         """Mean over sites."""
         return sum(layer.multiply_adds for layer in self.layers) / len(self.layers)
-
-    @property
-    def time(self) -> float:
-        """Latency by that of exact attention."""
-        return self.method_ms / self.exact_ms
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from mra_cli.compare.report import (
 from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage, Judge
 from mra_cli.inputs import Samples, probe
-from mra_cli.measure import paired_latency_ms, relative_error, with_peak_bytes
+from mra_cli.measure import paired_times_ms, relative_error, with_peak_bytes
 from mra_cli.methods import METHODS, Method, check_model
 from mra_cli.methods.base import exact_products
 from mra_cli.methods.rows import visible_mean
@@ -136,6 +137,9 @@ def compare(
     )
 
 
+_PAIRS = 7
+"""Most timings of each, exact and approximated in turn."""
+
 Key = tuple[str, float]
 """Name and budget of a method."""
 
@@ -151,6 +155,7 @@ class _Cost:
     settled: dict[str, int]
     exact_ms: float
     method_ms: float
+    time: float
     exact_bytes: int
     method_bytes: int
     lookahead: float | None
@@ -263,12 +268,13 @@ def _reason_against(method: Method, site: Site, call: AttentionCall) -> str | No
 
 
 def _cost(method: Method, call: AttentionCall, kind: str) -> _Cost:
-    exact_ms, method_ms = paired_latency_ms(call.exact, lambda: method(call))
+    times = paired_times_ms(call.exact, lambda: method(call), pairs=_PAIRS)
     _, exact_bytes = with_peak_bytes(call.exact, call.query.device)
     result, method_bytes = with_peak_bytes(lambda: method(call), call.query.device)
     moved = lookahead(lambda changed: method(changed).output, call, result.output, kind)
     settled = dict(getattr(result.plan, "settled", {}))
-    return _Cost(settled, exact_ms, method_ms, exact_bytes, method_bytes, moved)
+    latencies = statistics.median(times.first_ms), statistics.median(times.second_ms)
+    return _Cost(settled, *latencies, 1 / times.speedup, exact_bytes, method_bytes, moved)
 
 
 K = TypeVar("K")
