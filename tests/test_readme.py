@@ -87,7 +87,7 @@ def methods_table() -> str:
         if "CS" in about.patterns:
             causal = "yes, chooses by later tokens" if about.looks_ahead else "yes"
         if "NC" in about.patterns:
-            cross = "yes"
+            cross = "yes" if "CC" in about.patterns else "noncausal"
         cells = [
             ", ".join(f"`{name}`" for name in names),
             about.summary + (f" ({about.adapted})" if about.adapted else ""),
