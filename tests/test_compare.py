@@ -241,3 +241,13 @@ def test_the_command_writes_what_it_shows(cli, bert, text, tmp_path):
 )
 def test_bad_input(refuses, bert, text, arguments, code, says):
     refuses("compare", bert, "--text", text, *arguments, code=code, says=says)
+
+
+def test_progress_goes_from_start_to_end():
+    told = []
+    methods = [METHODS["window"], METHODS["vmean"]]
+    compare(*tiny("bert"), methods, [0.2, 0.4], progress=lambda *step: told.append(step))
+    _, *steps = told  # the first looks for sites
+    assert [done for _, done, _ in steps] == [*range(len(steps))]
+    assert {total for *_, total in steps} == {len(steps)}
+    assert any("measuring encoder.layer.1" in stage for stage, *_ in steps)

@@ -96,7 +96,8 @@ def compare(
     progress("finding attention sites", 0, 1)
     sites = choose_sites(find_sites(checkpoint.model, probe(samples)), layers)
     candidates = [method.with_budget(b) for method in methods for b in _budgets(method, budgets)]
-    passes = len(samples.batches) + len(candidates) + 2 * (len(sites) + 1)
+    calls = sum(site.calls for site in sites) * len(samples.batches)
+    passes = calls + len(candidates) + 2 * (len(sites) + 1)
     done = 0
 
     def step(stage: str) -> None:
@@ -105,10 +106,10 @@ def compare(
         done += 1
 
     judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
-    tally = _Tally(candidates, {kind: _middle(sites, kind) for kind in {s.kind for s in sites}})
+    timed = {kind: _middle(sites, kind) for kind in dict.fromkeys(site.kind for site in sites)}
+    tally = _Tally(candidates, timed, step)
     with intercepted(checkpoint.model, {site.name: site for site in sites}, tally.record):
-        for number, batch in enumerate(samples.batches, 1):
-            step(f"measuring each layer on sample {number}")
+        for batch in samples.batches:
             checkpoint.model(**batch)
     rows = tally.rows(sites)
     whole = []
@@ -167,6 +168,7 @@ class _Tally:
 
     methods: list[Method]
     timed: dict[str, str]
+    step: Callable[[str], None]
     layers: dict[tuple[str, Key], tuple[float, float]] = field(default_factory=dict)
     errors: dict[tuple[str, Key], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     costs: dict[tuple[str, Key], _Cost] = field(default_factory=dict)
@@ -177,6 +179,7 @@ class _Tally:
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def record(self, site: Site, call: AttentionCall) -> Tensor:
+        self.step(f"measuring {site.name}")
         exact, kind = call.exact(), site.kind
         bins = entropy_bins(call)
         ones = torch.ones_like(bins, dtype=torch.float64)[..., None]
