@@ -370,7 +370,8 @@ def test_a_break_even_is_circled(report):
 
 def test_the_command_writes_everything_it_is_asked_for(cli, tmp_path):
     pytest.importorskip("matplotlib")
-    line = "bench --seq-len 100 --pattern NS,CS --method mra,mra2,mra2s --budget 0.25 --heads 2 --pairs 1"
+    line = "bench --seq-len 100 --pattern NS,CS --method mra,mra2,mra2s --budget 0.25 --heads 2"
+    line += " --pairs 1"
     files = (
         "--json",
         tmp_path / "a.json",
