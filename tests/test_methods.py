@@ -353,7 +353,7 @@ def test_long_groups_are_computed_in_pieces(monkeypatch):
         call = make_call(OTHERS[name].about.patterns[0], padding="left")
         whole = fixed(name)(call).output
         with monkeypatch.context() as few:
-            few.setattr("mra_cli.methods.rows._SCORES_AT_ONCE", 3000)
+            few.setattr("mra_cli.methods.rows._FLOATS_IN_FLIGHT", 3000)
             torch.testing.assert_close(fixed(name)(call).output, whole)
 
 

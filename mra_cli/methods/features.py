@@ -88,7 +88,7 @@ class Features:
     ) -> Tensor:
         """Sums over the keys of all blocks more than ``across`` before each block (or after it),
         ``[B, H, G, block, Dv + 1]``; one block after the other, for little memory."""
-        query, key, held = (_blocks(x, block) for x in (self.query, self.key, value))
+        query, key, held = (_in_blocks(x, block) for x in (self.query, self.key, value))
         count = query.shape[2]
         state = value.new_zeros(*value.shape[:2], key.shape[4], value.shape[3])
         parts = [value.new_zeros(0)] * count
@@ -128,7 +128,7 @@ class Features:
         rows.tally.products += batch * heads * tokens * count * width
 
 
-def _blocks(tokens: Tensor, block: int) -> Tensor:
+def _in_blocks(tokens: Tensor, block: int) -> Tensor:
     """``[B, H, L, D]`` in blocks, ``[B, H, G, block, D]``, with zeros after the last."""
     more = -tokens.shape[2] % block
     return torch.nn.functional.pad(tokens, (0, 0, 0, more)).unflatten(2, (-1, block))

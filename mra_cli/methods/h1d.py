@@ -78,12 +78,12 @@ def _add_level(rows: SoftmaxRows, side: int, merged: int) -> None:
     queries = rows.key.new_ones(1, length)
     if mask.query_valid is not None:
         queries = mask.query_valid.to(rows.key)
-    key, sizes = _block_means(rows.key, keys, merged, more)
-    value, _ = _block_means(rows.value, keys, merged, more)
+    key, sizes = _pair_means(rows.key, keys, merged, more)
+    value, _ = _pair_means(rows.value, keys, merged, more)
     query = pad(rows.query, (0, 0, 0, more))
     each = 1
     if not causal:
-        query, _ = _block_means(rows.query, queries, merged, more)
+        query, _ = _pair_means(rows.query, queries, merged, more)
         each = merged
     query, key, value = pairs(query, each), pairs(key, merged), pairs(value, merged)
     size = pairs(sizes[..., None], merged)[..., 0]
@@ -97,7 +97,7 @@ def _add_level(rows: SoftmaxRows, side: int, merged: int) -> None:
         rows.add_part(own[:, :, :, half], *(x.repeat_interleave(each, 3) for x in part))
 
 
-def _block_means(tokens: Tensor, real: Tensor, merged: int, more: int) -> tuple[Tensor, Tensor]:
+def _pair_means(tokens: Tensor, real: Tensor, merged: int, more: int) -> tuple[Tensor, Tensor]:
     """Means of ``merged`` real tokens each, and of how many, ``[B or 1, 1, blocks]``."""
     sizes = pad(real, (0, more)).unflatten(1, (-1, merged)).sum(-1)
     sums = pad(tokens * real[:, None, :, None], (0, 0, 0, more)).unflatten(2, (-1, merged)).sum(3)

@@ -17,7 +17,7 @@ from mra_kernels import AttentionMask, ScoreRule
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import gather_bias
 
-_SCORES_AT_ONCE = 1 << 22
+_FLOATS_IN_FLIGHT = 1 << 22
 """Scores, or gathered numbers, in flight at once: bounds each temporary to 16 MB."""
 
 Keep = Callable[[Tensor, Tensor], Tensor]
@@ -75,13 +75,13 @@ class SoftmaxRows:
         batch, heads, _, width = self.query.shape
         n_keys = self.mask.n_keys if keys is None else keys.shape[3]
         per_row = batch * heads * max(n_keys, width)
-        most = max(1, _SCORES_AT_ONCE // per_row)
+        most = max(1, _FLOATS_IN_FLIGHT // per_row)
         if rows.shape[3] > most:
             for part in rows.split(most, 3):
                 self.add(part, keys, keep)
             return
         gathered = batch * heads * n_keys * width
-        step = max(1, _SCORES_AT_ONCE // max(gathered, per_row * rows.shape[3]))
+        step = max(1, _FLOATS_IN_FLIGHT // max(gathered, per_row * rows.shape[3]))
         for first in range(0, rows.shape[2], step):
             own = rows[:, :, first : first + step]
             whose = keys
@@ -236,7 +236,7 @@ def visible_mean(value: Tensor, mask: AttentionMask) -> Tensor:
     """
     counts = mask.legal_per_row().clamp(min=1)[:, None, :, None]
     if mask.dense is not None:
-        step = max(1, _SCORES_AT_ONCE // mask.n_keys)
+        step = max(1, _FLOATS_IN_FLIGHT // mask.n_keys)
         sums = [
             mask.rows(first, first + step)[:, None].to(value.dtype) @ value
             for first in range(0, mask.n_queries, step)
