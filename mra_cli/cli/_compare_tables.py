@@ -18,13 +18,14 @@ def heading(model: ModelComparison) -> list[tuple[str, str]]:
     """Lines above the tables, with their style."""
     origin = model.provenance
     length = f"{origin.seq_len} tokens of " if origin.seq_len else ""
+    doubt = " (measure on real ones before you believe it)" if origin.inputs_synthetic else ""
     return [
         (
             f"{origin.model} ({origin.model_class}, {origin.dtype}), {len(model.sites)} sites",
             "bold",
         ),
         (
-            f"{origin.samples} x {length}{origin.inputs}; {origin.threads} threads, "
+            f"{origin.samples} x {length}{origin.inputs}{doubt}; {origin.threads} threads, "
             f"{origin.machine}, torch {origin.torch}",
             "dim",
         ),
