@@ -139,7 +139,9 @@ class MraKeysConfig:
         """
         budgets = self.head_budgets or (self.budget,) * heads
         if len(budgets) != heads:
-            raise ValueError(f"head_budgets must be {heads} numbers, one a head, got {len(budgets)}")
+            raise ValueError(
+                f"head_budgets must be {heads} numbers, one a head, got {len(budgets)}"
+            )
         return budgets
 
 

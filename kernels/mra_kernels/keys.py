@@ -83,11 +83,11 @@ def keys_reference(
     Args:
         choice: The keys to open; None: choose them.
     """
-    batch_size, heads, n_queries, _ = query.shape
+    batch_size, heads, _n_queries, _ = query.shape
     dtype = query.dtype if query.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(dtype) for x in (query, key, value))
     rows = config.rows
-    blocks = [block for block in _blocks(mask, rows, batch_size, heads * key.shape[2])]
+    blocks = list(_blocks(mask, rows, batch_size, heads * key.shape[2]))
     if choice is None:
         with torch.no_grad():
             choice = choose_keys(q, k, mask, config, rule)
@@ -125,7 +125,7 @@ def choose_keys(
         query: ``[B, H, N, D]``.
         key: ``[B, Hkv, M, D]``.
     """
-    batch_size, heads, n_queries, _ = query.shape
+    batch_size, heads, _n_queries, _ = query.shape
     rows = config.rows
     estimates = leading_features(query, key, mask, config.rank)
     parts, whole, some, live = [], [], [], []
@@ -150,7 +150,9 @@ def choose_keys(
                 prices = cost[b][mine, None].expand(offered.shape)[offered]
                 chosen = _affordable(distance[b, h][mine][offered], prices, budget)
                 opened[b, h, mine] |= torch.zeros_like(offered).masked_scatter(offered, chosen)
-    return KeyChoice(rows, lambda: opened, lambda: _figures(opened, seen, is_whole, cut, padding, mask))
+    return KeyChoice(
+        rows, lambda: opened, lambda: _figures(opened, seen, is_whole, cut, padding, mask)
+    )
 
 
 def leading_features(
@@ -210,7 +212,8 @@ class _Block:
     Attributes:
         first, last: Query rows ``[first, last)``.
         visible: bool ``[B or 1, rows, M]``.
-        counted: Rows that speak for their block: real ones, or all where none is, bool ``[B, rows]``.
+        counted: Rows that speak for their block: real ones, or all where there is none, bool
+            ``[B or 1, rows]``.
         seen: Rows of each block that see each key, int64 ``[B or 1, blocks, M]``.
         live: Rows of each block that see anything, int64 ``[B or 1, blocks]``.
         whole: Keys that all live rows of a block see, bool ``[B or 1, blocks, M]``.
@@ -225,7 +228,9 @@ class _Block:
     whole: Tensor
 
 
-def _blocks(mask: AttentionMask, rows: int, batch_size: int, floats_per_row: int) -> Iterator[_Block]:
+def _blocks(
+    mask: AttentionMask, rows: int, batch_size: int, floats_per_row: int
+) -> Iterator[_Block]:
     """All blocks, some at a time."""
     step = max(1, _SCORES_AT_ONCE // (batch_size * floats_per_row * rows)) * rows
     valid, _ = mask.pooled_tokens(rows)
@@ -276,7 +281,9 @@ def _distances(
         logits = logits + rule.bias[:, :, block.first : block.last]
     logits = logits.masked_fill(~block.visible[:, None], -torch.inf)
     below = logits - normaliser(logits, block.visible[:, None])[..., None]
-    below = below.masked_fill(~(block.counted & block.visible.any(-1))[:, None, :, None], -torch.inf)
+    below = below.masked_fill(
+        ~(block.counted & block.visible.any(-1))[:, None, :, None], -torch.inf
+    )
     nearest = _tiled(below, config.rows, -torch.inf).amax(3)
     steps = (-STEPS_PER_NAT * nearest.clamp(min=-FARTHEST)).floor().clamp(0, FARTHEST - 1) + 1
     keys = torch.arange(mask.n_keys, device=key.device)

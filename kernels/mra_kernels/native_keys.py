@@ -1,4 +1,4 @@
-"""`keys_reference` on CPUs, in C++: the same keys, but for estimates that agree to the last bits."""
+"""`keys_reference` on CPUs, in C++: the same keys, unless estimates agree to the last bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule, block_mean
 
 _GROUP = 64
-"""Estimated keys are padded to a multiple of this: registers of keys that are scored at a time."""
+"""Estimated keys are padded to an odd multiple of this: as many are scored at a time, and rows that
+lie a power of two apart push each other out of a cache."""
 
 _DISTANCES = 1 << 22
 """Keys of blocks whose distances are kept at a time, a byte each, where there are threads to
@@ -87,8 +88,8 @@ def keys_native(
         real = ~facts.padding.repeat_interleave(rows, dim=1)[:, :n_queries]
         legal = mask.legal_per_row().expand(batch_size, -1)
         total = (legal * real).sum(1).clamp(min=1)[:, None]
-        shares = (x.view(batch_size, heads) / total for x in (exact, forced))
-        return *shares, int(of_all.sum()), int(left.sum()), heads * int(legal.sum())
+        density, demanded = (x.view(batch_size, heads) / total for x in (exact, forced))
+        return density, demanded, int(of_all.sum()), int(left.sum()), heads * int(legal.sum())
 
     return output.to(value.dtype), lse, KeyChoice(rows, opened, figures)
 
@@ -108,7 +109,7 @@ def _choose(
     n_keys = key.shape[2]
     of_queries, of_keys = leading_features(query, key, mask, config.rank)
     of_queries = (of_queries * rule.scaling).contiguous()
-    padded = -(-n_keys // _GROUP) * _GROUP
+    padded = (-(-n_keys // _GROUP) | 1) * _GROUP
     across = torch.nn.functional.pad(of_keys.mT, (0, padded - n_keys)).contiguous()
     hidden = None
     if mask.key_valid is not None:

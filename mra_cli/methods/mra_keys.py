@@ -13,7 +13,7 @@ from mra_kernels.api import Impl
 from mra_kernels.keys import KeyChoice
 
 _KEYS_ABOUT = About(
-    summary="keys that matter to any query of a block computed exactly, the others at its mean query",
+    summary="the best keys of a block of queries computed exactly, the rest at its mean query",
     source="after Zeng et al., ICML 2022, arXiv 2207.10284, and Vyas et al., arXiv 2007.04825",
     patterns=("NS", "CS", "NC", "CC"),
     cost="N^2 scores of a few features, then N x keys kept",

@@ -84,3 +84,12 @@ static inline int64_t visible(const Call& call, int64_t b, int64_t i, int64_t lo
   const int64_t* before = call.real_before + b * call.real_batch;
   return before[high] - before[low];
 }
+
+// Bitmaps.
+static inline void put(uint64_t* bits, int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
+
+static inline void put_all(uint64_t* bits, int64_t low, int64_t high) {
+  for (; low < high && low % 64; ++low) put(bits, low);
+  for (; low + 64 <= high; low += 64) bits[low / 64] = ~uint64_t{0};
+  for (; low < high; ++low) put(bits, low);
+}

@@ -34,8 +34,6 @@ struct Reach {
   }
 };
 
-inline void put(uint64_t* bits, int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
-
 // One bit for each of 8 bytes (all below 128): those below `limit`.
 inline uint64_t below(const uint8_t* bytes, int limit) {
   uint64_t eight;
@@ -118,7 +116,7 @@ struct Chooser {
     if (peak == NONE) return 0;
     Lanes sums[GROUP] = {};
     for (int64_t j = begin; j < end; j += KEYS)
-      for (int g = 0; g < GROUP; ++g) sums[g] += exp_of(at(scores + j + g * LANES) - peak);
+      for (int g = 0; g < GROUP; ++g) sums[g] += roughly_exp(at(scores + j + g * LANES) - peak);
     for (int g = 0; g < GROUP; ++g)
       for (int i = 0; i < LANES; ++i) total += sums[g][i];
     return peak + std::log(total);
@@ -127,19 +125,24 @@ struct Chooser {
   // Steps that each key is away from the nearest query that counts.
   void measure(int64_t b, int64_t first, int64_t end, const Reach& reach, const float* scores,
                const float* normaliser, uint8_t* distances) const {
-    const uint8_t* counted = estimate.counted + b * call.queries;
-    for (int64_t j = reach.any_low / KEYS * KEYS; j < reach.any_high; j += LANES) {
-      Lanes nearest = all(NONE);
-      for (int64_t i = first; i < end; ++i) {
-        if (!counted[i]) continue;
-        nearest = larger(nearest, at(scores + (i - first) * estimate.padded + j) -
-                                      normaliser[i - first]);
-      }
-      const Lanes away = larger(nearest, all(-FARTHEST)) * -STEPS_PER_NAT;
-      const Ints steps = __builtin_convertvector(away, Ints);  // towards 0, which is down if >= 0
-      for (int lane = 0; lane < LANES; ++lane) {
-        const int step = steps[lane] < 0 ? 0 : steps[lane];
-        distances[j + lane] = static_cast<uint8_t>(std::min(step, FARTHEST - 1) + 1);
+    std::vector<int64_t> speak;
+    for (int64_t i = first; i < end; ++i)
+      if (estimate.counted[b * call.queries + i]) speak.push_back(i - first);
+    for (int64_t j = reach.any_low / KEYS * KEYS; j < reach.any_high; j += KEYS) {
+      Lanes nearest[GROUP];
+      for (int g = 0; g < GROUP; ++g) nearest[g] = all(-FARTHEST);
+      for (int64_t row : speak)
+        for (int g = 0; g < GROUP; ++g)
+          nearest[g] = larger(nearest[g], at(scores + row * estimate.padded + j + g * LANES) -
+                                              normaliser[row]);
+      for (int g = 0; g < GROUP; ++g) {
+        const Ints steps = __builtin_convertvector(nearest[g] * -STEPS_PER_NAT, Ints);
+        const Ints most = all_ints(FARTHEST - 1), least = all_ints(0);
+        Ints held = steps < most ? steps : most;
+        held = (held > least ? held : least) + 1;
+        typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+        const Bytes bytes = __builtin_convertvector(held, Bytes);
+        std::memcpy(distances + j + g * LANES, &bytes, LANES);
       }
     }
   }
@@ -167,12 +170,15 @@ struct Chooser {
 
   void whole(int64_t b, const Reach& reach, uint64_t* rest, const uint8_t* distances,
              int64_t* counts, Tally& tally) const {
-    int64_t apart[4][FARTHEST + 1] = {};  // neighbours are often equally far
-    for (int64_t j = reach.all_low; j < reach.all_high; ++j) {
-      if (hidden(b, j)) continue;
-      put(rest, j);
-      ++apart[j % 4][distances[j]];
-      ++tally.left;
+    uint32_t apart[4][FARTHEST + 1] = {};  // neighbours are often equally far
+    put_all(rest, reach.all_low, reach.all_high);
+    for (int64_t j = reach.all_low; j < reach.all_high; ++j) ++apart[j % 4][distances[j]];
+    tally.left += reach.all_high - reach.all_low;
+    for (int64_t j = reach.all_low; estimate.hidden && j < reach.all_high; ++j) {
+      if (!hidden(b, j)) continue;
+      rest[j / 64] &= ~(uint64_t{1} << (j % 64));
+      --apart[j % 4][distances[j]];
+      --tally.left;
     }
     for (const auto& some : apart)
       for (int d = 0; d <= FARTHEST; ++d) counts[d] += some[d] * reach.live;

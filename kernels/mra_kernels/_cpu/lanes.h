@@ -47,6 +47,19 @@ static inline Lanes exp_of(const Lanes& x) {
   return x < -87.0f ? Lanes{} : (Lanes)((Ints)power + exponent);
 }
 
+// e^x for x <= 0 to 1e-5; next to 0 below -87, -inf included.
+static inline Lanes roughly_exp(const Lanes& x) {
+  const Lanes scaled = larger(x, all(-87.0f)) * 1.44269504f;
+  const Lanes shifted = scaled + 12582912.0f;
+  const Lanes part = scaled - (shifted - 12582912.0f);
+  Lanes power = all(9.6181291e-3f);
+  power = power * part + 5.5504109e-2f;
+  power = power * part + 2.4022651e-1f;
+  power = power * part + 6.9314718e-1f;
+  power = power * part + 1.0f;
+  return (Lanes)((Ints)power + ((Ints)shifted << 23));
+}
+
 // Dot products of WIDE keys with the queries in `query` [width][LANES] -> dots [WIDE][LANES].
 static inline void dot_products(const float* query, const float* const* keys, int64_t width,
                                 float* dots) {

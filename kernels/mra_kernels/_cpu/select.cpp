@@ -12,14 +12,6 @@ namespace {
 constexpr uint32_t FAVOURED = uint32_t{1} << 31;
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-inline void put(uint64_t* bits, int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); }
-
-inline void put_all(uint64_t* bits, int64_t low, int64_t high) {
-  for (; low < high && low % 64; ++low) put(bits, low);
-  for (; low + 64 <= high; low += 64) bits[low / 64] = ~uint64_t{0};
-  for (; low < high; ++low) put(bits, low);
-}
-
 inline float largest(const float* values, int64_t n) {
   Lanes best = all(NONE);
   int64_t i = 0;
