@@ -94,7 +94,7 @@ def analyze(
             damage = judge.judge()
         meter.step(calls)
         rows = [figures for figures in by_site if figures.budget == candidate.budget]
-        by_budget.append(_summarised(candidate.budget, rows, damage, sites, samples))
+        by_budget.append(_summarised(candidate, rows, damage, sites, samples))
     settings = {key: value for key, value in method.settings().items() if key != "budget"}
     return AnalyzeReport(
         provenance=Provenance.collect(checkpoint, samples, seed),
@@ -227,13 +227,17 @@ class _Tally:
 
 
 def _summarised(
-    budget: float,
+    method: Method,
     rows: list[SiteFigures],
     damage: Damage,
     sites: list[Site],
     samples: Samples,
 ) -> BudgetFigures:
+    budget = method.budget
     density = sum(row.density for row in rows) / len(rows)
+    spent = f"{100 * density:.1f} % of the scores exact"
+    if method.about.budgets == "multiply-adds":
+        spent = f"{100 * budget:g} % of exact attention's multiply-adds"
     error = sum(row.error for row in rows) / len(rows)
     verdict, harm = _verdict(damage)
     number = {site.name: index for index, site in enumerate(sites)}
@@ -248,14 +252,14 @@ def _summarised(
     if verdict != "no" and ratio < 1:
         answer += ", but not to save time here"
     summary = (
-        f"{answer}: with {100 * density:.1f} % of the scores exact, {harm}. "
+        f"{answer}: with {spent}, {harm}. "
         f"Mean output error {error:.3f} over {len(rows)} sites; "
         f"at most {GOOD_ERROR:g} at {_listed(good)}; over {POOR_ERROR:g} at {_listed(poor)}. "
         f"Attention itself ran at {exact_ms:.0f} ms exact and {method_ms:.0f} ms approximated per "
         f"sample ({speed} here, at this length)."
     )
     forced = sum(row.forced for row in rows) / len(rows)
-    if density > 1.02 * budget:
+    if density > 1.02 * budget and forced > 0:
         summary += (
             f" {100 * forced:.1f} % had to be exact whatever the budget: entries that masks cut "
             "through, and rows that would see nothing."

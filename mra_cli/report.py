@@ -191,16 +191,7 @@ class AnalyzeReport:
             return cls(
                 provenance=Provenance(**data["provenance"]),
                 method=data["method"],
-                sites=tuple(
-                    Site(
-                        **{
-                            **site,
-                            "extras": tuple(site["extras"]),
-                            "grid": tuple(site["grid"]) if site["grid"] else None,
-                        }
-                    )
-                    for site in data["sites"]
-                ),
+                sites=tuple(Site.from_dict(site) for site in data["sites"]),
                 by_site=tuple(
                     SiteFigures(**{**f, "error_by_head": tuple(f["error_by_head"])})
                     for f in data["by_site"]
