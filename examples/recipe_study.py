@@ -11,7 +11,8 @@ Rules are emulated on dense scores, slowly, so that any can be tried; the one th
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -76,8 +77,8 @@ RULES = {
 }
 
 
-def attend(call: AttentionCall, rule: Rule, budget: float) -> tuple[Tensor, float]:
-    """Output ``[1, H, N, Dv]`` of an unpadded call, and the density reached."""
+def attend(call: AttentionCall, rule: Rule, budget: float) -> Tensor:
+    """Output ``[1, H, N, Dv]`` of an unpadded call."""
     assert call.mask is not None
     per_kv = call.query.shape[1] // call.key.shape[1]
     query = call.query[0]
@@ -115,7 +116,11 @@ def attend(call: AttentionCall, rule: Rule, budget: float) -> tuple[Tensor, floa
     else:
         weights = weights.softmax(-1)
     output = output + weights @ torch.cat(values, 1)
-    return output[None], float((opened * seen).sum() / (seen.sum() * len(query)))
+    return output[None]
+
+
+def _answer(site: Site, call: AttentionCall, rule: Rule, budget: float) -> Tensor:
+    return attend(call, rule, budget)
 
 
 def _worth(
@@ -192,16 +197,9 @@ def main() -> None:
     for name in options.rules:
         cells = []
         for judge in judges:
-            densities = []
-
-            def handle(site: Site, call: AttentionCall, name: str = name) -> Tensor:
-                output, density = attend(call, replace(RULES[name]), options.budget)
-                densities.append(density)
-                return output
-
-            with intercepted(checkpoint.model, sites, handle):
+            answer = partial(_answer, rule=RULES[name], budget=options.budget)
+            with intercepted(checkpoint.model, sites, answer):
                 damage = judge.judge()
-            assert max(densities) <= options.budget + 0.1, "more only where the mask demands it"
             if damage.kl is None:
                 cells.append(f"{damage.cosine_mean:.4f}")
             else:

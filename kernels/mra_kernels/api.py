@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from mra_kernels import native, native_keys
+from mra_kernels import native
 from mra_kernels.config import MraAttentionConfig, MraKeysConfig
 from mra_kernels.decode import KeyPyramid
 from mra_kernels.keys import KeyChoice, keys_reference
@@ -100,7 +100,7 @@ def mra_attention(
     if isinstance(config, MraKeysConfig):
         assert not isinstance(selection, Selection)
         if impl == "native":
-            output, lse, plan = native_keys.keys_native(*call, config, rule, sinks)
+            output, lse, plan = native.keys_native(*call, config, rule, sinks)
         else:
             output, lse, plan = keys_reference(*call, config, rule, sinks, selection)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mra_kernels._library import block_means, floats
+from mra_kernels import native
 
 _ROOM = 1.25
 """A growing cache is given this much more room than it needs, so that it is seldom moved."""
@@ -46,7 +46,7 @@ class KeyPyramid:
         valid = None if valid is None else valid[:, first:]
         for tokens, means in ((key, self.keys), (value, self.values)):
             into = {side: mean[:, :, first // side :] for side, mean in means.items()}
-            block_means(floats(tokens[:, :, first:]), valid, self.sides, into)
+            native.block_means(native.floats(tokens[:, :, first:]), valid, self.sides, into)
         self.length = key.shape[2]
 
     def blocks(self, n_keys: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

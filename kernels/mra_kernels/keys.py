@@ -87,7 +87,7 @@ def keys_reference(
     dtype = query.dtype if query.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(dtype) for x in (query, key, value))
     rows = config.rows
-    blocks = list(_blocks(mask, rows, batch_size, heads * key.shape[2]))
+    blocks = list(_query_blocks(mask, rows, batch_size, heads * key.shape[2]))
     if choice is None:
         with torch.no_grad():
             choice = choose_keys(q, k, mask, config, rule)
@@ -98,10 +98,10 @@ def keys_reference(
     for block in blocks:
         tiles = slice(block.first // rows, -(-block.last // rows))
         own = q[:, :, block.first : block.last]
-        fine = _exact(own, k, v, block, each_row(opened[:, :, tiles], own, rows), rule)
-        mean = _block_means(own, block.counted, rows)
+        fine = _opened_part(own, k, v, block, each_row(opened[:, :, tiles], own, rows), rule)
+        mean = _counted_means(own, block.counted, rows)
         left = (block.whole[:, None] & ~opened[:, :, tiles]).expand(-1, heads, -1, -1)
-        tail = _tail(own, mean, k, v, left, block, config, rule)
+        tail = _tail_part(own, mean, k, v, left, block, config, rule)
         total = fine.merge(tail)
         if sinks is not None:
             logits = sinks.to(dtype).view(1, heads, 1).expand_as(total.peak)
@@ -129,7 +129,7 @@ def choose_keys(
     rows = config.rows
     estimates = leading_features(query, key, mask, config.rank)
     parts, whole, some, live = [], [], [], []
-    for block in _blocks(mask, rows, batch_size, heads * key.shape[2]):
+    for block in _query_blocks(mask, rows, batch_size, heads * key.shape[2]):
         tiles = _distances(*estimates, block, mask, config, rule)
         parts.append(tiles)
         whole.append(block.whole)
@@ -148,10 +148,10 @@ def choose_keys(
                 budget = int(share * float(entries.sum()) + 1e-6) - int((entries * hidden).sum())
                 offered = is_whole[b % len(is_whole)][mine]
                 prices = cost[b][mine, None].expand(offered.shape)[offered]
-                chosen = _affordable(distance[b, h][mine][offered], prices, budget)
+                chosen = _nearest_affordable(distance[b, h][mine][offered], prices, budget)
                 opened[b, h, mine] |= torch.zeros_like(offered).masked_scatter(offered, chosen)
     return KeyChoice(
-        rows, lambda: opened, lambda: _figures(opened, seen, is_whole, cut, padding, mask)
+        rows, lambda: opened, lambda: _choice_figures(opened, seen, is_whole, cut, padding, mask)
     )
 
 
@@ -172,8 +172,8 @@ def leading_features(
     key = key - mean
     if rank >= width:
         return query, key.repeat_interleave(heads // kv_heads, 1)
-    of_queries = _moment(query, mask.query_valid)
-    of_keys = _moment(key, mask.key_valid).repeat_interleave(heads // kv_heads, 1)
+    of_queries = _second_moment(query, mask.query_valid)
+    of_keys = _second_moment(key, mask.key_valid).repeat_interleave(heads // kv_heads, 1)
     scale = of_queries.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-20)
     identity = torch.eye(width, dtype=query.dtype, device=query.device)
     lower = torch.linalg.cholesky(of_queries / scale + 1e-5 * identity)
@@ -193,7 +193,7 @@ def _mean_token(tokens: Tensor, valid: Tensor | None) -> Tensor:
     return sums / weights.sum(1).clamp(min=1)[:, None, None, None]
 
 
-def _moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
+def _second_moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
     """Mean outer product of real tokens, some of them in long sequences, ``[B, H, D, D]``."""
     step = -(-tokens.shape[2] // _TOKENS_FOR_FEATURES)
     some = tokens[:, :, ::step]
@@ -206,7 +206,7 @@ def _moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
+class _QueryBlocks:
     """Some blocks of queries, and what the mask says of them.
 
     Attributes:
@@ -228,9 +228,9 @@ class _Block:
     whole: Tensor
 
 
-def _blocks(
+def _query_blocks(
     mask: AttentionMask, rows: int, batch_size: int, floats_per_row: int
-) -> Iterator[_Block]:
+) -> Iterator[_QueryBlocks]:
     """All blocks, some at a time."""
     step = max(1, _SCORES_AT_ONCE // (batch_size * floats_per_row * rows)) * rows
     valid, _ = mask.pooled_tokens(rows)
@@ -240,12 +240,14 @@ def _blocks(
         counted = torch.ones(1, last - first, dtype=torch.bool, device=visible.device)
         if valid is not None:
             counted = valid[:, first:last]
-        seen = _tiled(visible, rows, False).sum(2)
-        live = _tiled(visible.any(-1, keepdim=True), rows, False).sum(2)
-        yield _Block(first, last, visible, counted, seen, live[..., 0], (seen == live) & (live > 0))
+        seen = _tiled_rows(visible, rows, False).sum(2)
+        live = _tiled_rows(visible.any(-1, keepdim=True), rows, False).sum(2)
+        yield _QueryBlocks(
+            first, last, visible, counted, seen, live[..., 0], (seen == live) & (live > 0)
+        )
 
 
-def _tiled(tensor: Tensor, rows: int, fill: float) -> Tensor:
+def _tiled_rows(tensor: Tensor, rows: int, fill: float) -> Tensor:
     """``[..., n, m]`` cut into blocks of ``rows``: ``[..., blocks, rows, m]``."""
     missing = -tensor.shape[-2] % rows
     padded = torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=fill) if missing else tensor
@@ -257,17 +259,17 @@ def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
     return blocks.repeat_interleave(rows, 2)[:, :, : tokens.shape[2]]
 
 
-def _block_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
+def _counted_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
     """Mean of the counted tokens of each block, ``[B, H, blocks, D]``."""
-    weights = _tiled(counted[:, None, :, None].to(tokens.dtype), rows, 0.0)
-    sums = (_tiled(tokens, rows, 0.0) * weights).sum(3)
+    weights = _tiled_rows(counted[:, None, :, None].to(tokens.dtype), rows, 0.0)
+    sums = (_tiled_rows(tokens, rows, 0.0) * weights).sum(3)
     return sums / weights.sum(3).clamp(min=1)
 
 
 def _distances(
     query: Tensor,
     key: Tensor,
-    block: _Block,
+    block: _QueryBlocks,
     mask: AttentionMask,
     config: MraKeysConfig,
     rule: ScoreRule,
@@ -284,7 +286,7 @@ def _distances(
     below = below.masked_fill(
         ~(block.counted & block.visible.any(-1))[:, None, :, None], -torch.inf
     )
-    nearest = _tiled(below, config.rows, -torch.inf).amax(3)
+    nearest = _tiled_rows(below, config.rows, -torch.inf).amax(3)
     steps = (-STEPS_PER_NAT * nearest.clamp(min=-FARTHEST)).floor().clamp(0, FARTHEST - 1) + 1
     keys = torch.arange(mask.n_keys, device=key.device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=key.device)
@@ -300,7 +302,7 @@ def normaliser(logits: Tensor, visible: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
-def _affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:
+def _nearest_affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:
     """The nearest offers whose prices add up to at most the budget, bool ``[P]``; ties go to the
     lower index, and the first that is too dear ends the row."""
     spent = torch.zeros(FARTHEST + 1, dtype=torch.int64, device=price.device)
@@ -313,7 +315,7 @@ def _affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:
     return (distance < last) | (at_edge & ((price * at_edge).cumsum(0) <= rest))
 
 
-def _figures(
+def _choice_figures(
     opened: Tensor, seen: Tensor, whole: Tensor, cut: Tensor, padding: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, Tensor, int, int, int]:
     real = seen * ~padding[..., None]
@@ -329,23 +331,23 @@ def _figures(
 # --- softmax in two parts ---------------------------------------------------------------------
 
 
-def _exact(
-    query: Tensor, key: Tensor, value: Tensor, block: _Block, opened: Tensor, rule: ScoreRule
+def _opened_part(
+    query: Tensor, key: Tensor, value: Tensor, block: _QueryBlocks, opened: Tensor, rule: ScoreRule
 ) -> SoftmaxPart:
     """Softmax over the visible entries of opened keys."""
     bias = None if rule.bias is None else rule.bias[:, :, block.first : block.last]
     logits = rule.logits(query @ key.mT, bias)
     visible = opened & block.visible[:, None]
-    return _softmax(logits.masked_fill(~visible, -torch.inf), value)
+    return _softmax_part(logits.masked_fill(~visible, -torch.inf), value)
 
 
-def _tail(
+def _tail_part(
     query: Tensor,
     mean: Tensor,
     key: Tensor,
     value: Tensor,
     left: Tensor,
-    block: _Block,
+    block: _QueryBlocks,
     config: MraKeysConfig,
     rule: ScoreRule,
 ) -> SoftmaxPart:
@@ -353,10 +355,10 @@ def _tail(
     bias = None
     if rule.bias is not None:
         own = rule.bias[:, :, block.first : block.last]
-        bias = _block_means(own, block.counted, config.rows)
+        bias = _counted_means(own, block.counted, config.rows)
     logits = rule.logits(mean @ key.mT, bias).masked_fill(~left, -torch.inf)
     tilted = config.tail == "tilted" and rule.softcap is None
-    part = _softmax(logits, torch.cat([value, key], -1) if tilted else value)
+    part = _softmax_part(logits, torch.cat([value, key], -1) if tilted else value)
     peak, mass, weighted = (
         each_row(x, query, config.rows) for x in (part.peak, part.mass, part.weighted)
     )
@@ -369,7 +371,7 @@ def _tail(
     return SoftmaxPart(peak + tilt.detach(), mass * growth, weighted)
 
 
-def _softmax(logits: Tensor, value: Tensor) -> SoftmaxPart:
+def _softmax_part(logits: Tensor, value: Tensor) -> SoftmaxPart:
     peak = logits.detach().amax(-1)
     weights = torch.exp(logits - peak.masked_fill(peak == -torch.inf, 0.0)[..., None])
     return SoftmaxPart(peak, weights.sum(-1), weights @ value)

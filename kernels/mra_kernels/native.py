@@ -28,12 +28,15 @@ from mra_kernels._library import (
 )
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
+from mra_kernels.native_keys import keys_native
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import BlockPairs, Selection, pair_logits
 
 if TYPE_CHECKING:
     from mra_kernels.decode import KeyPyramid
+
+__all__ = ["block_means", "build", "floats", "keys_native", "mra_native", "reason_against"]
 
 _OFFERS = 1 << 19
 """Block pairs on offer at a time, 8 bytes each, where there are threads to spare."""
