@@ -14,6 +14,7 @@ from mra_cli.cli.bench import bench
 from mra_cli.cli.check import check
 from mra_cli.cli.compare import compare
 from mra_cli.cli.env import env
+from mra_cli.cli.explain import explain
 from mra_cli.cli.patch import patch
 from mra_cli.cli.run import run
 from mra_cli.cli.verify import verify
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(analyze)
 app.command()(compare)
+app.command()(explain)
 app.command()(bench)
 app.command()(env)
 app.command()(patch)
