@@ -15,6 +15,7 @@ from mra_cli.cli.check import check
 from mra_cli.cli.compare import compare
 from mra_cli.cli.env import env
 from mra_cli.cli.explain import explain
+from mra_cli.cli.fold import fold
 from mra_cli.cli.patch import patch
 from mra_cli.cli.run import run
 from mra_cli.cli.verify import verify
@@ -30,6 +31,7 @@ app.command()(check)
 app.command()(analyze)
 app.command()(compare)
 app.command()(explain)
+app.command()(fold)
 app.command()(bench)
 app.command()(env)
 app.command()(patch)
