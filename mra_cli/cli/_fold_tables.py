@@ -61,7 +61,7 @@ def _identities(report: FoldReport) -> Table:
         verdict = "[green]folds[/]" if figures.reason is None else escape(figures.reason)
         table.add_row(
             figures.identity,
-            ",".join(str(numbers[one.site]) for one in group),
+            _ranges([numbers[one.site] for one in group]),
             *(
                 f"{getattr(before, name)} → {getattr(after, name)}" if known else ""
                 for name in ("parameters", "per_key", "cached")
@@ -129,3 +129,10 @@ def _variant(report: FoldReport) -> Iterator[Table | tuple[str, str]]:
             ),
             "",
         )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-5``, or ``0,2,5``."""
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers))

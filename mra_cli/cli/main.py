@@ -11,6 +11,7 @@ import typer
 from mra_cli import __version__
 from mra_cli.cli.analyze import analyze
 from mra_cli.cli.bench import bench
+from mra_cli.cli.calibrate import calibrate
 from mra_cli.cli.check import check
 from mra_cli.cli.compare import compare
 from mra_cli.cli.env import env
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(analyze)
 app.command()(compare)
+app.command()(calibrate)
 app.command()(explain)
 app.command()(fold)
 app.command()(bench)

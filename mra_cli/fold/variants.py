@@ -36,6 +36,9 @@ RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 """Strengths of ridge regression to choose from: shares of the mean square of what is regressed
 on."""
 
+MIXING_RIDGES = (1.0, 10.0, 100.0, 1000.0)
+"""The same for mixes of positions, of which there are more than samples can tell."""
+
 _SHRINKAGE = 1e-3
 """Of covariances that are inverted, likewise."""
 
@@ -162,29 +165,33 @@ def _queries(weights: Weights, seen: list[Watched], heads: int) -> tuple[Tensor,
 
 def _mixing(weights: Weights, seen: list[Watched], causal: bool) -> Tensor:
     """The mix of positions ``[M, M]``, lower-triangular if causal, whose slices are nearest to the
-    old values; what the data leave open stays the identity."""
+    old values, shrunk towards the identity as far as is best for the last sample."""
     assert weights.value is not None
-    matrix = weights.value.transpose(0, 1).flatten(1)
-    bias = weights.value_bias.flatten()
-    length = seen[0].call.n_keys
-    gram = seen[0].call.value.new_zeros(length, length, dtype=torch.float64)
-    cross = gram.clone()
-    for watched in seen:
-        assert watched.value_input is not None
-        for inputs in watched.value_input.double():
-            gram += inputs @ inputs.T
-            cross += (inputs @ matrix + bias - inputs) @ inputs.T
-    gram += gram.diagonal().mean() * torch.eye(length).to(gram)
+    matrix, bias = weights.value.transpose(0, 1).flatten(1), weights.value_bias.flatten()
+    inputs = [_flat(watched.value_input) for watched in seen]
+    wanted = [x @ matrix + bias for x in inputs]
+    if len(inputs) == 1:
+        return _shrunk_mix(inputs, wanted, MIXING_RIDGES[-1], causal)
+    errors = {}
+    for strength in MIXING_RIDGES:
+        mix = _shrunk_mix(inputs[:-1], wanted[:-1], strength, causal)
+        errors[strength] = float((mix @ inputs[-1] - wanted[-1]).norm())
+    return _shrunk_mix(inputs, wanted, min(errors, key=lambda s: errors[s]), causal)
+
+
+def _shrunk_mix(
+    inputs: list[Tensor], wanted: list[Tensor], strength: float, causal: bool
+) -> Tensor:
+    eye = torch.eye(len(inputs[0])).to(inputs[0])
+    gram = sum((x @ x.T for x in inputs), torch.zeros_like(eye))
+    gram = gram + strength * gram.diagonal().mean() * eye
+    cross = sum(((y - x) @ x.T for x, y in zip(inputs, wanted, strict=True)), torch.zeros_like(eye))
     if not causal:
-        return torch.eye(length).to(gram) + torch.linalg.solve(gram, cross.T).T
-    rows = [
-        torch.nn.functional.pad(
-            torch.linalg.solve(gram[: row + 1, : row + 1], cross[row, : row + 1]),
-            (0, length - row - 1),
-        )
-        for row in range(length)
-    ]
-    return torch.eye(length).to(gram) + torch.stack(rows)
+        return eye + torch.linalg.solve(gram, cross.T).T
+    for row in range(len(eye)):
+        known = torch.linalg.solve(gram[: row + 1, : row + 1], cross[row, : row + 1])
+        eye[row, : row + 1] += known
+    return eye
 
 
 def _mixed(
