@@ -52,8 +52,8 @@ def make_fit(name: str, options: Mapping[str, Any]) -> Fit:
     """
     if name not in FITS:
         raise InputError(
-            f"--method must be one that is calibrated ({', '.join(FITS)}), got {name!r}; all others "
-            "need no calibration"
+            f"--method must be one that is calibrated ({', '.join(FITS)}), got {name!r}; "
+            "others need no calibration"
         )
     fit: Any = FITS[name]
     knobs = knobs_of(type(fit), ())

@@ -61,7 +61,8 @@ class LinformerFit:
             def loss(step: int, mixes: list[Tensor] = mixes) -> Tensor:
                 call = fit_on[step % len(fit_on)]
                 rows, target = SoftmaxRows(call, Tally()), call.exact()
-                output = mixed_softmax(rows.query, rows.key, rows.value, *mixes, call.scaling)
+                keys, values = mixes
+                output = mixed_softmax(rows.query, rows.key, rows.value, keys, values, call.scaling)
                 off = (output - target).square().sum((0, 2, 3))
                 return (off / target.square().sum((0, 2, 3))).sum()
 
