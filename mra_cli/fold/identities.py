@@ -237,4 +237,5 @@ def _gap(moved: Tensor, exact: Tensor, call: AttentionCall) -> float:
     """Relative difference over rows that count: a row that sees no key has no weights to sum."""
     keep = call.valid_rows[:, :, None]
     keep = keep[:, None] if moved.ndim == 4 else keep
-    return float(((moved - exact) * keep).norm() / (exact * keep).norm().clamp(min=1e-300))
+    off, size = (((moved - exact) * keep).norm(), (exact * keep).norm())
+    return float(off.detach() / size.detach().clamp(min=1e-300))

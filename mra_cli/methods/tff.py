@@ -37,11 +37,10 @@ class Tff(Calibrated):
         source="Yorsh and Kovalenko, ICANN 2022, arXiv 2211.04076",
         patterns=("NS", "CS", "NC", "CC"),
         cost="N, and N^2 in heads left exact",
-        budgets="multiply-adds",
+        budgets="nothing",
         masks="causal",
         honours=(),
-        adapted="queries and keys have kernels of their own, fitted to the softmax; the budget "
-        "changes nothing",
+        adapted="queries and keys have kernels of their own, fitted to the softmax",
         calibrated=True,
     )
 
