@@ -215,8 +215,8 @@ def _captured(checkpoint: Checkpoint, samples: Samples, sites: list[Site]) -> di
             checkpoint.model(**batch)
     out = {}
     for site in sites:
-        seen = calls[site.name][:: max(1, site.calls)]
-        held = max(1, len(seen) // 4)
+        seen = calls[site.name]
+        held = max(1, len(samples.batches) // 4) * len(seen) // len(samples.batches)
         out[site.name] = Captured(site, seen[:-held], seen[-held:])
     return out
 

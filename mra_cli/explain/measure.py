@@ -17,7 +17,7 @@ from mra_cli.explain import parts
 from mra_cli.explain.report import PARTS, ExplainReport, HeadFigures, Lost, PartFigures
 from mra_cli.explain.weights import approximated_rows, exact_rows, legal_rows
 from mra_cli.inputs import Samples, probe
-from mra_cli.methods import Method
+from mra_cli.methods import Method, check_model
 from mra_cli.patching import intercepted
 from mra_cli.report import Provenance
 from mra_cli.sites import Site, find_sites
@@ -51,9 +51,11 @@ def explain(
 
     Raises:
         UnsupportedModelError: No site can be patched.
-        InputError: ``layers`` fits no site, or a site's heads have different masks.
+        InputError: ``layers`` fits no site, a site's heads have different masks, or the method was
+            calibrated on another model.
     """
     started = time.perf_counter()
+    check_model(method, checkpoint.fingerprint)
     progress("finding attention sites", 0, 1)
     chosen = choose_sites(find_sites(checkpoint.model, probe(samples)), layers)
     total = sum(site.calls for site in chosen) * len(samples.batches)
@@ -63,7 +65,8 @@ def explain(
     def record(site: Site, call: AttentionCall) -> Tensor:
         nonlocal done
         generator = torch.Generator().manual_seed(seed * 1_000_003 + len(found[site.name]))
-        found[site.name].append(_taken_apart(call, method, rows, generator))
+        own = method.at(site.name) if site.kind in method.about.patterns else None
+        found[site.name].append(_taken_apart(call, own, rows, generator))
         done += 1
         progress("taking attention apart", done, total)
         return call.exact()
@@ -110,7 +113,7 @@ class _Rows:
 
 
 def _taken_apart(
-    call: AttentionCall, method: Method, count: int, generator: torch.Generator
+    call: AttentionCall, method: Method | None, count: int, generator: torch.Generator
 ) -> list[_Rows]:
     """The figures of the first sample's rows, by head."""
     able = call.valid_rows[0].nonzero()[:, 0]
@@ -121,7 +124,7 @@ def _taken_apart(
     legal = legal_rows(call, rows)[0].cpu().expand_as(exact)
     values = call.value[0].double().cpu().repeat_interleave(exact.shape[0] // call.key.shape[1], 0)
     approximated = None
-    if method.reason_for_exact(call) is None:
+    if method is not None and method.reason_for_exact(call) is None:
         approximated = approximated_rows(method, call, rows)[0].cpu()
     eps = torch.finfo(call.value.dtype).eps
     return [

@@ -164,7 +164,7 @@ def by_rank(tokens: Tensor, valid: Tensor | None, count: int) -> Tensor:
     real = torch.full((1, 1, 1, 1), tokens.shape[2], device=tokens.device)
     if valid is not None:
         tokens = tokens.masked_fill(~valid[:, None, :, None], torch.inf)
-        real = valid.sum(-1)[:, None, None, None]
+        real = valid.sum(-1).clamp(min=1)[:, None, None, None]
     return tokens.argsort(2).argsort(2) // (-(-real // count))
 
 
