@@ -147,6 +147,10 @@ def test_quality_of_all_and_of_some():
     everything = quality(logits, torch.ones_like(wanted), wanted, values.float())
     assert everything["density"] == everything["recall"] == 1.0
     assert everything["error"] < 1e-5
+    half = wanted.clone()
+    half[:, :, 0] = False
+    lacking = quality(logits, half, wanted, values.float())
+    assert lacking["recall"] == pytest.approx(1 - 1 / N), "rows count alike"
     some = quality(logits, wanted, wanted, values.float())
     assert some["recall"] == 1.0 and 0.8 <= some["mass"] < 1
     assert some["density"] == pytest.approx(float(wanted.sum() / (legal.sum() * HEADS)))

@@ -77,7 +77,7 @@ def make_fit(name: str, options: Mapping[str, Any]) -> Fit:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibrateReport:
     """What `calibrate` made.
 
     Attributes:
@@ -90,6 +90,10 @@ class Calibrated:
     header: dict[str, Any]
     resumed: int
 
+    def to_json(self) -> str:
+        """JSON text of the header, as it lies beside the tensors."""
+        return json.dumps(self.header, indent=2, allow_nan=False)
+
 
 @torch.no_grad()
 def calibrate(
@@ -101,7 +105,7 @@ def calibrate(
     layers: str | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
-) -> Calibrated:
+) -> CalibrateReport:
     """Fit a method to a checkpoint's sites and write what was found.
 
     Each site is written on its own as soon as it is fitted, so that an interrupted run goes on
@@ -167,14 +171,10 @@ def calibrate(
             tensors |= {f"{site.name}|{name}": x for name, x in load_file(file).items()}
             found[site.name] = json.loads(file.with_suffix(".json").read_text("utf-8"))
         header = {**header, "sites": found}
-        text = json.dumps(header, indent=2, allow_nan=False)
+        report = CalibrateReport(target, header, resumed)
         _write(target, save(tensors, metadata={CALIBRATION_KEY: json.dumps(header)}))
-        _write(_beside(target), (text + "\n").encode())
-    return Calibrated(target, header, resumed)
-
-
-def _beside(target: Path) -> Path:
-    return target.with_name(target.name + ".json")
+        _write(target.with_name(target.name + ".json"), (report.to_json() + "\n").encode())
+    return report
 
 
 def _generator(seed: int, site: str) -> torch.Generator:

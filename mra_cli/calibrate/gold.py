@@ -64,8 +64,9 @@ def quality(logits: Tensor, kept: Tensor, wanted: Tensor, values: Tensor) -> dic
         values: ``[B, H, M, Dv]``.
 
     Returns:
-        ``density``: kept pairs by legal ones. ``recall``: wanted pairs that were kept. ``mass``:
-        softmax mass on kept pairs. ``error``: of the output, relative, mean over heads.
+        ``density``: kept pairs by legal ones. ``recall``: share of a row's wanted pairs that were
+        kept. ``mass``: softmax mass on kept pairs. ``error``: of the output, relative, mean over
+        heads.
     """
     legal = logits > -torch.inf
     kept = kept & legal
@@ -76,7 +77,7 @@ def quality(logits: Tensor, kept: Tensor, wanted: Tensor, values: Tensor) -> dic
     off = (output - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1).clamp(min=1e-30)
     return {
         "density": float(kept.sum() / legal.sum()),
-        "recall": float((kept & wanted).sum() / wanted.sum().clamp(min=1)),
+        "recall": float(((kept & wanted).sum(-1) / wanted.sum(-1).clamp(min=1)).mean()),
         "mass": float(mass.mean()),
         "error": float(off.mean()),
     }

@@ -42,7 +42,7 @@ class SparsefinderFit:
     graph: Graph = "mass"
     mass: float = 0.8
     steps: int = 100
-    rate: float = 0.01
+    rate: float = 0.05
     margin: float = 1.0
     rows: int = 64
     window: int = 11

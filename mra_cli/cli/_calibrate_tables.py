@@ -9,10 +9,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mra_cli.calibrate.calibrate import Calibrated
+from mra_cli.calibrate.calibrate import CalibrateReport
 
 
-def blocks(done: Calibrated, model: str) -> Iterator[Table | tuple[str, str]]:
+def blocks(done: CalibrateReport, model: str) -> Iterator[Table | tuple[str, str]]:
     """What to print, top to bottom: tables, and lines with their style."""
     header = done.header
     length = f"{header['length']} tokens of " if header["length"] else ""

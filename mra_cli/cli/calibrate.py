@@ -52,8 +52,6 @@ def calibrate(
     check_writable(json)
     check_writable(str(out), "--out")
     check_writable(f"{out}.json", "--out")
-    import json as text_of
-
     from mra_cli import inputs
     from mra_cli.calibrate.calibrate import calibrate as run
     from mra_cli.calibrate.calibrate import make_fit
@@ -84,4 +82,4 @@ def calibrate(
         done = run(
             checkpoint, windows, fit, out.resolve(), layers=layers, seed=seed, progress=progress
         )
-    screen.show(tables.blocks(done, model), text_of.dumps(done.header, indent=2))
+    screen.show(tables.blocks(done, model), done.to_json())
