@@ -121,9 +121,7 @@ def fit(kind: str, calls: Sequence[tuple[Projections, Watched]], held_out: Watch
     if kind != "optimised":
         query, bias = _queries(weights, seen, found.site.heads)
     if kind == "super":
-        assert weights.value is not None
-        causal = seen[0].call.mask is not None and seen[0].call.mask.is_causal
-        mixing = _mixing(weights, seen, causal)
+        mixing = _mixing(found, weights, seen, query, bias)
     mixed = [_mixed(found, watched, query, bias, mixing) for watched in seen]
     targets = [_flat(watched.output) for watched in seen]
     assert found.output is not None
@@ -163,20 +161,33 @@ def _queries(weights: Weights, seen: list[Watched], heads: int) -> tuple[Tensor,
     return torch.stack(fitted), torch.stack(biases)
 
 
-def _mixing(weights: Weights, seen: list[Watched], causal: bool) -> Tensor:
-    """The mix of positions ``[M, M]``, lower-triangular if causal, whose slices are nearest to the
-    old values, shrunk towards the identity as far as is best for the last sample."""
-    assert weights.value is not None
-    matrix, bias = weights.value.transpose(0, 1).flatten(1), weights.value_bias.flatten()
+def _mixing(
+    found: Projections,
+    weights: Weights,
+    seen: list[Watched],
+    query: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The mix of positions ``[M, M]``, lower-triangular if causal, that does best on the last
+    sample: of those whose slices are nearest to the old values on the others, shrunk more or less
+    towards the identity, and the identity itself."""
+    assert weights.value is not None and found.output is not None
+    matrix, shift = weights.value.transpose(0, 1).flatten(1), weights.value_bias.flatten()
     inputs = [_flat(watched.value_input) for watched in seen]
-    wanted = [x @ matrix + bias for x in inputs]
-    if len(inputs) == 1:
-        return _shrunk_mix(inputs, wanted, MIXING_RIDGES[-1], causal)
-    errors = {}
-    for strength in MIXING_RIDGES:
-        mix = _shrunk_mix(inputs[:-1], wanted[:-1], strength, causal)
-        errors[strength] = float((mix @ inputs[-1] - wanted[-1]).norm())
-    return _shrunk_mix(inputs, wanted, min(errors, key=lambda s: errors[s]), causal)
+    eye, mask = torch.eye(len(inputs[0])).to(inputs[0]), seen[0].call.mask
+    if len(seen) == 1:
+        return eye
+    wanted = [x @ matrix + shift for x in inputs[:-1]]
+    causal = mask is not None and mask.is_causal
+    mixes = [_shrunk_mix(inputs[:-1], wanted, strength, causal) for strength in MIXING_RIDGES]
+    targets, with_constant = [_flat(w.output) for w in seen], found.output.bias is not None
+
+    def error(mix: Tensor) -> float:
+        mixed = [_mixed(found, watched, query, bias, mix) for watched in seen]
+        output, constant = _ridge(mixed[:-1], targets[:-1], with_constant=with_constant)
+        return float((mixed[-1] @ output + constant - targets[-1]).norm())
+
+    return min([eye, *mixes], key=error)
 
 
 def _shrunk_mix(
