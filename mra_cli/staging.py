@@ -67,7 +67,7 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
     """
     part = target.with_name(f".{target.name}.part")
     try:
-        lock = _locked(part)
+        lock = locked(part)
     except OSError as error:
         raise _failure(target, error) from error
     try:
@@ -135,8 +135,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _locked(part: Path) -> int:
-    """The staging directory, made if need be and locked for as long as we live."""
+def locked(part: Path) -> int:
+    """A directory to stage things in, made if need be, and locked until what this returns (a file
+    descriptor) is closed.
+
+    Raises:
+        ExportError: Another process has it.
+    """
     part.mkdir(exist_ok=True)
     lock = os.open(part, os.O_RDONLY)
     try:

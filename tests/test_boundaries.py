@@ -26,7 +26,11 @@ def modules_after(statement: str) -> set[str]:
         ("import mra_kernels", {"transformers", "typer", "rich", "mra_cli", "triton"}),
         ("import mra_cli.analyze, mra_cli.patching", {"typer", "rich"}),
         ("import mra_cli.bench.model, mra_cli.bench.plots", {"typer", "rich", "matplotlib"}),
-        ("import mra_cli.cli.main", {"torch", "transformers"}),
+        (
+            "import mra_cli.calibrate.calibrate, mra_cli.explain.measure, mra_cli.fold.fold",
+            {"typer", "rich"},
+        ),
+        ("import mra_cli.cli.main", {"torch", "transformers", "scipy"}),
         ("import mra_cli", {"torch", "transformers", "typer", "rich"}),
     ],
 )

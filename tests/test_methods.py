@@ -269,7 +269,7 @@ def test_bench_checks_them_all_in_float64():
 @pytest.mark.parametrize("name", METHODS)
 def test_plans_keep_settings(name):
     method = make_method(name, 0.3, KNOBS.get(name))
-    plan = Plan({"a.b": SitePlan(method)})
+    plan = Plan({"a.b": SitePlan(method.at("a.b"))})
     assert Plan.from_dict(json.loads(plan.to_json())) == plan
 
 

@@ -119,7 +119,8 @@ def test_the_table_of_methods_is_what_they_say():
     [
         c
         for c in commands()
-        if c.startswith(("mra-cli check", "mra-cli analyze", "mra-cli compare"))
+        if c.startswith(("mra-cli check", "mra-cli analyze", "mra-cli compare", "mra-cli explain"))
+        and "calibration=" not in c  # see `test_calibrate_and_fold_run_as_shown`
     ],
 )
 def test_commands_run(command, tmp_path, minilm):
@@ -129,6 +130,18 @@ def test_commands_run(command, tmp_path, minilm):
     assert "demo:" in done.stdout or "demo:" not in command
     named = re.findall(r"--(?:json|plot) (\S+)", command)
     assert {path.name for path in tmp_path.iterdir()} == set(named)
+
+
+@pytest.mark.checkpoints
+@pytest.mark.slow
+def test_calibrate_and_fold_run_as_shown(tmp_path, minilm):
+    """One command after the other, in one directory."""
+    shown = [c for c in commands() if c.split()[1] in ("calibrate", "fold") or "calibration=" in c]
+    assert len(shown) == 6
+    for command in shown:
+        done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} >= {"minilm-folded", "minilm-tff.safetensors"}
 
 
 @pytest.mark.checkpoints

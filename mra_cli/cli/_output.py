@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -159,6 +159,15 @@ class Output:
             style="dim",
         )
         self._write(report.to_json())
+
+    def show(self, blocks: Iterable[Table | tuple[str, str]], text: str) -> None:
+        """A report: tables and lines with their style on stdout, its JSON where asked."""
+        for block in blocks:
+            if isinstance(block, Table):
+                self._out.print(block)
+            else:
+                self._out.print(escape(block[0]), style=block[1])
+        self._write(text)
 
     def bench(self, report: BenchReport, *, csv: str | None, plot: str | None) -> None:
         """The tables and remarks of `bench`; CSV and drawing go to files."""

@@ -11,9 +11,12 @@ import typer
 from mra_cli import __version__
 from mra_cli.cli.analyze import analyze
 from mra_cli.cli.bench import bench
+from mra_cli.cli.calibrate import calibrate
 from mra_cli.cli.check import check
 from mra_cli.cli.compare import compare
 from mra_cli.cli.env import env
+from mra_cli.cli.explain import explain
+from mra_cli.cli.fold import fold
 from mra_cli.cli.patch import patch
 from mra_cli.cli.run import run
 from mra_cli.cli.verify import verify
@@ -28,6 +31,9 @@ app = typer.Typer(
 app.command()(check)
 app.command()(analyze)
 app.command()(compare)
+app.command()(calibrate)
+app.command()(explain)
+app.command()(fold)
 app.command()(bench)
 app.command()(env)
 app.command()(patch)

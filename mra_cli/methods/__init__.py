@@ -14,15 +14,19 @@ from mra_cli.methods.bigbird import BigBird
 from mra_cli.methods.cluster_kv import ClusterKV
 from mra_cli.methods.combiner import Combiner
 from mra_cli.methods.h1d import H1D
+from mra_cli.methods.linformer import Linformer
 from mra_cli.methods.longformer import Longformer
 from mra_cli.methods.mra import Mra, MraFamily
 from mra_cli.methods.mra_keys import MraKeys
 from mra_cli.methods.nystrom import Nystrom
 from mra_cli.methods.performer import Performer
 from mra_cli.methods.probsparse import ProbSparse
+from mra_cli.methods.sbm import Sbm
 from mra_cli.methods.scatterbrain import Scatterbrain
 from mra_cli.methods.skein import Skein
 from mra_cli.methods.smyrf import Smyrf
+from mra_cli.methods.sparsefinder import Sparsefinder
+from mra_cli.methods.tff import Tff
 from mra_cli.methods.topk import TopK
 from mra_cli.methods.vmean import VMean
 from mra_cli.methods.window import Window
@@ -49,6 +53,10 @@ _OTHERS: tuple[Method, ...] = (
     TopK(),
     Window(),
     VMean(),
+    Sparsefinder(),
+    Tff(),
+    Linformer(),
+    Sbm(),
 )
 
 METHODS: dict[str, Method] = {
@@ -64,7 +72,6 @@ REFUSED: dict[str, str] = {
     "yoso": "its Bernoulli weights are of normalised queries and keys, and are no softmax",
     "cosformer": "its cosine-weighted ReLU kernel is no softmax",
     "cloudattention": "it is an architecture for point clouds, not attention over sequences",
-    "linformer": "random projections of keys are no use (error 2.9), they have to be learned",
 }
 """Methods that no checkpoint can be approximated with as it is, and why."""
 

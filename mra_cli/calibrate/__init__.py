@@ -1,0 +1,1 @@
+"""Methods fitted to a checkpoint's own queries, keys and values."""
