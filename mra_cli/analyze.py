@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
-from mra_cli.evaluate import Damage, Judge
+from mra_cli.evaluate import Damage, Judge, Task, TaskFigures
 from mra_cli.inputs import Samples, probe
 from mra_cli.measure import (
     captured_mass,
@@ -29,7 +29,7 @@ from mra_cli.measure import (
 from mra_cli.methods import Method, check_model, fitting_sites
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
-from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures
+from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures, TextFigures
 from mra_cli.sites import Site, find_sites
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +47,7 @@ def analyze(
     budgets: Sequence[float],
     *,
     layers: str | None = None,
+    tasks: Sequence[Task] = (),
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> AnalyzeReport:
@@ -61,6 +62,7 @@ def analyze(
         method: The method, at any budget.
         budgets: Densities to try.
         layers: Which sites, see `choose_sites`; None: all that can be patched.
+        tasks: What else the model has to do, exactly and at each budget.
         seed: For masked-language models: the tokens to mask.
         progress: Called as work proceeds.
 
@@ -81,6 +83,10 @@ def analyze(
 
     meter.stage("running the exact model")
     judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
+    answers = []
+    for task in tasks:
+        meter.stage(f"exact model: {task.name}")
+        answers.append(task.run())
     meter.stage("measuring each layer")
     tally = _Tally(methods, meter)
     with intercepted(checkpoint.model, {site.name: site for site in chosen}, tally.record):
@@ -90,11 +96,19 @@ def analyze(
     by_budget = []
     for candidate in methods:
         meter.stage(f"running the model at budget {candidate.budget:g}")
+        worked = []
         with patched(checkpoint.model, Plan.uniform(chosen, candidate)):
-            damage = judge.judge()
+            damage, by_part = judge.judge_parts([count for _, count in samples.parts])
+            for task, answer in zip(tasks, answers, strict=True):
+                meter.stage(f"{task.name} at budget {candidate.budget:g}")
+                measures = task.measures(answer, task.run())
+                worked.append(TaskFigures(task.name, task.items, measures))
         meter.step(calls)
         rows = [figures for figures in by_site if figures.budget == candidate.budget]
-        by_budget.append(_summarised(candidate.budget, rows, damage, sites, samples))
+        figures = _summarised(candidate.budget, rows, damage, sites, samples)
+        texts = zip(samples.parts, by_part, strict=True)
+        by_text = tuple(TextFigures(name, part) for (name, _), part in texts)
+        by_budget.append(replace(figures, by_text=by_text, tasks=tuple(worked)))
     settings = {key: value for key, value in method.settings().items() if key != "budget"}
     return AnalyzeReport(
         provenance=Provenance.collect(checkpoint, samples, seed),

@@ -19,7 +19,7 @@ import transformers
 from mra_cli import __version__
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
-from mra_cli.evaluate import Damage
+from mra_cli.evaluate import Damage, Measure, TaskFigures
 from mra_cli.inputs import Samples, read_text
 from mra_cli.methods import make_method
 from mra_cli.plan import Plan
@@ -107,6 +107,14 @@ class SiteFigures:
 
 
 @dataclass(frozen=True)
+class TextFigures:
+    """The damage on one of several texts."""
+
+    text: str
+    damage: Damage
+
+
+@dataclass(frozen=True)
 class BudgetFigures:
     """The whole model at one budget, approximated at all chosen sites together.
 
@@ -115,6 +123,8 @@ class BudgetFigures:
         density: Density reached, mean over sites.
         error: Relative output error, mean over sites.
         damage: What it does to the model.
+        by_text: The same for each text, if there are several.
+        tasks: What it does to the model's work at tasks.
         exact_ms, method_ms: Latency of all attention calls of one sample.
         exact_bytes, method_bytes: Peak extra memory of the most demanding call.
         verdict: ``yes``, ``with care`` or ``no``.
@@ -131,6 +141,19 @@ class BudgetFigures:
     method_bytes: int
     verdict: str
     summary: str
+    by_text: tuple[TextFigures, ...] = ()
+    tasks: tuple[TaskFigures, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BudgetFigures:
+        """The figures in JSON types."""
+        texts = [TextFigures(f["text"], Damage(**f["damage"])) for f in data.get("by_text", ())]
+        tasks = [
+            TaskFigures(t["task"], t["items"], tuple(Measure(**m) for m in t["measures"]))
+            for t in data.get("tasks", ())
+        ]
+        damage = Damage(**data["damage"])
+        return cls(**{**data, "damage": damage, "by_text": tuple(texts), "tasks": tuple(tasks)})
 
 
 @dataclass(frozen=True)
@@ -205,10 +228,7 @@ class AnalyzeReport:
                     SiteFigures(**{**f, "error_by_head": tuple(f["error_by_head"])})
                     for f in data["by_site"]
                 ),
-                by_budget=tuple(
-                    BudgetFigures(**{**f, "damage": Damage(**f["damage"])})
-                    for f in data["by_budget"]
-                ),
+                by_budget=tuple(BudgetFigures.from_dict(f) for f in data["by_budget"]),
                 seconds=data["seconds"],
                 peak_process_bytes=data["peak_process_bytes"],
             )

@@ -54,6 +54,15 @@ SettingsOption = Annotated[
         "--set", metavar="KEY=VALUE", help="A setting of the method, like coarse=per_query."
     ),
 ]
+TextsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Your own text, UTF-8, or the built-in help or code; repeat for figures by text.",
+        show_default="help: Python's help texts",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Chooses the windows of the text.")]
 JsonOption = Annotated[
     str | None,

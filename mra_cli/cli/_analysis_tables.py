@@ -1,0 +1,186 @@
+"""The tables of `analyze`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from rich.markup import escape
+from rich.table import Table
+
+from mra_cli.analyze import GOOD_ERROR, POOR_ERROR
+from mra_cli.cli._colours import COLOURS
+from mra_cli.evaluate import Damage, Measure
+from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
+
+
+def heading(report: AnalyzeReport) -> list[tuple[str, str]]:
+    """Lines that say what was measured on what, with their styles."""
+    origin = report.provenance
+    length = f"{origin.seq_len} tokens of " if origin.seq_len else ""
+    settings = {k: v for k, v in report.method.items() if k != "method" and v is not None}
+    return [
+        (
+            f"{origin.model} ({origin.model_class}, {origin.dtype}), method "
+            f"{report.method['method']} "
+            f"({', '.join(f'{k}={_short(v)}' for k, v in settings.items())})",
+            "bold",
+        ),
+        (
+            f"{origin.samples} x {length}{origin.inputs}; "
+            f"{origin.threads} threads, {origin.machine}, torch {origin.torch}",
+            "dim",
+        ),
+    ]
+
+
+def tables(report: AnalyzeReport) -> Iterator[Table]:
+    """Layers, the whole model, and what else was measured."""
+    yield _site_table(report)
+    yield _budget_table(report)
+    if report.by_budget[0].by_text:
+        yield _text_table(report)
+    if report.by_budget[0].tasks:
+        yield _task_table(report)
+
+
+def _site_table(report: AnalyzeReport) -> Table:
+    table = Table(title="Attention output, layer by layer (each layer fed exactly)")
+    table.add_column("#", justify="right")
+    table.add_column("site", overflow="fold")
+    table.add_column("kind")
+    table.add_column("exact ms", justify="right")
+    budgets = [figures.budget for figures in report.by_budget]
+    for budget in budgets:
+        table.add_column(f"budget {budget:g}\nerror  mass    ms", justify="right")
+    by_key = {(row.site, row.budget): row for row in report.by_site}
+    for number, site in enumerate(report.sites):
+        rows = [by_key.get((site.name, budget)) for budget in budgets]
+        first = next((row for row in rows if row is not None), None)
+        if first is None:
+            cells = [f"[dim]exact{': ' + escape(site.reason) if site.reason else ''}[/]"]
+            table.add_row(str(number), escape(site.name), site.kind, "", *cells)
+            continue
+        table.add_row(
+            str(number),
+            escape(site.name),
+            site.kind,
+            f"{first.exact_ms:.1f}",
+            *(_cell(row) for row in rows),
+        )
+    table.add_section()
+    table.add_row("", "mean", "", *_mean_row(report, budgets))
+    return table
+
+
+def _cell(row: SiteFigures | None) -> str:
+    if row is None:
+        return ""
+    colour = "green" if row.error <= GOOD_ERROR else "red" if row.error > POOR_ERROR else "yellow"
+    return f"[{colour}]{row.error:.3f}[/]  {100 * row.mass:3.0f}%  {row.method_ms:5.1f}"
+
+
+def _mean_row(report: AnalyzeReport, budgets: list[float]) -> list[str]:
+    cells = []
+    exact = 0.0
+    for budget in budgets:
+        rows = [row for row in report.by_site if row.budget == budget]
+        error, mass, took, exact = (
+            sum(getattr(row, name) for row in rows) / len(rows)
+            for name in ("error", "mass", "method_ms", "exact_ms")
+        )
+        cells.append(f"{error:.3f}  {100 * mass:3.0f}%  {took:5.1f}")
+    return [f"{exact:.1f}", *cells]
+
+
+def damage_columns(damage: Damage) -> dict[str, Callable[[Damage], str]]:
+    """Names of the figures that a damage like this one has, and how they are shown."""
+    columns: dict[str, Callable[[Damage], str]] = {}
+    if damage.loss is not None:
+        columns |= {
+            "loss (exact)": lambda d: f"{d.loss:.4f} ({d.loss_exact:.4f})",
+            "perplexity (exact)": lambda d: f"{d.perplexity:.3f} ({d.perplexity_exact:.3f})",
+        }
+    if damage.kl is not None:
+        columns |= {
+            "KL, nats": lambda d: f"{d.kl:.4f}",
+            "top-1 same": lambda d: f"{100 * (d.top1_agreement or 0):.1f} %",
+        }
+    if damage.cosine_mean is not None:
+        columns |= {
+            "embedding cosine": lambda d: f"{d.cosine_mean:.4f}",
+            "lowest": lambda d: f"{d.cosine_min:.4f}",
+        }
+    if damage.output_change is not None:
+        columns["output change"] = lambda d: f"{100 * (d.output_change or 0):.1f} %"
+    return columns
+
+
+def _budget_table(report: AnalyzeReport) -> Table:
+    table = Table(title="The whole model, approximated at all these layers together")
+    columns: dict[str, Callable[[BudgetFigures], str]] = {
+        "budget": lambda f: f"{f.budget:g}",
+        "density": lambda f: f"{f.density:.3f}",
+        "error": lambda f: f"{f.error:.3f}",
+    }
+    for name, show in damage_columns(report.by_budget[0].damage).items():
+        columns[name] = partial(_of_damage, show)
+    columns |= {
+        "attention": lambda f: f"{f.exact_ms / f.method_ms:.2f}x speed",
+        "peak MiB (exact)": lambda f: f"{f.method_bytes / 2**20:.1f} ({f.exact_bytes / 2**20:.1f})",
+        "verdict": lambda f: f"[{COLOURS[f.verdict]}]{f.verdict}[/]",
+    }
+    for name in columns:
+        table.add_column(name, justify="right")
+    for figures in report.by_budget:
+        table.add_row(*(show(figures) for show in columns.values()))
+    return table
+
+
+def _of_damage(show: Callable[[Damage], str], figures: BudgetFigures) -> str:
+    return show(figures.damage)
+
+
+def _text_table(report: AnalyzeReport) -> Table:
+    table = Table(title="By text")
+    shown = damage_columns(report.by_budget[0].damage)
+    table.add_column("budget", justify="right")
+    table.add_column("text", overflow="fold")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for figures in report.by_budget:
+        for number, part in enumerate(figures.by_text):
+            budget = f"{figures.budget:g}" if number == 0 else ""
+            cells = (show(part.damage) for show in shown.values())
+            table.add_row(budget, escape(part.text), *cells)
+        table.add_section()
+    return table
+
+
+def _task_table(report: AnalyzeReport) -> Table:
+    table = Table(title="At work")
+    for name in ("task", "answers", "measure", "exact"):
+        table.add_column(name, justify="right" if name in ("answers", "exact") else "left")
+    for figures in report.by_budget:
+        table.add_column(f"budget {figures.budget:g}", justify="right")
+    for at, task in enumerate(report.by_budget[0].tasks):
+        for number, measure in enumerate(task.measures):
+            first = (task.task, str(task.items)) if number == 0 else ("", "")
+            runs = (figures.tasks[at].measures[number] for figures in report.by_budget)
+            table.add_row(
+                *map(escape, first),
+                measure.name,
+                score(measure, measure.exact),
+                *(score(run, run.run) for run in runs),
+            )
+        table.add_section()
+    return table
+
+
+def score(measure: Measure, value: float) -> str:
+    """A task's score as it is shown."""
+    return f"{100 * value:.1f} %" if measure.percent else f"{value:.3f}"
+
+
+def _short(value: object) -> str:
+    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

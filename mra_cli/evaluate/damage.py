@@ -1,0 +1,54 @@
+"""The figures of a model with approximated attention against itself with exact attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The model with approximated attention against itself with exact attention.
+
+    Attributes:
+        loss, loss_exact: Mean negative log-likelihood per token in nats (next token, or masked
+            tokens); None if the model has no language-model head.
+        kl: Mean Kullback-Leibler divergence of the logits' distributions from the exact ones, in
+            nats; None without logits.
+        top1_agreement: Share of rows whose most likely class is the same.
+        cosine_mean, cosine_min: Cosine between exact and approximated embeddings, over samples;
+            None for models with a head. An embedding is the mean of the last hidden states, or, in
+            vision models that have one, the class token.
+        output_change: ``||run - exact|| / ||exact||`` of the output, mean over samples; for heads
+            whose output is no choice between classes (a score, spans, pixels), else None.
+    """
+
+    loss: float | None = None
+    loss_exact: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    cosine_mean: float | None = None
+    cosine_min: float | None = None
+    output_change: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.loss is None else math.exp(min(self.loss, 700.0))
+
+    @property
+    def perplexity_exact(self) -> float | None:
+        return None if self.loss_exact is None else math.exp(min(self.loss_exact, 700.0))
+
+    @property
+    def recovery(self) -> float:
+        """How much of the exact model is left, at best 1: the exact perplexity over this one, the
+        mean cosine of embeddings, the share of classes kept, or 1 minus the output's change.
+        """
+        if self.cosine_mean is not None:
+            return self.cosine_mean
+        if self.output_change is not None:
+            return 1.0 - self.output_change
+        if self.loss is not None and self.loss_exact is not None:
+            return math.exp(min(0.0, self.loss_exact - self.loss))
+        assert self.top1_agreement is not None
+        return self.top1_agreement
