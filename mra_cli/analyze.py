@@ -5,35 +5,23 @@ do to the model?
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Damage, Judge, Task, TaskFigures
 from mra_cli.inputs import Samples, probe
-from mra_cli.measure import (
-    captured_mass,
-    paired_latency_ms,
-    peak_process_bytes,
-    relative_error,
-    with_peak_bytes,
-)
+from mra_cli.layers import measure_layers
+from mra_cli.measure import peak_process_bytes
 from mra_cli.methods import Method, check_model, fitting_sites
-from mra_cli.patching import intercepted, patched
+from mra_cli.patching import patched
 from mra_cli.plan import Plan
+from mra_cli.progress import Meter, Progress
 from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures, TextFigures
 from mra_cli.sites import Site, find_sites
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many of how many steps are behind us."""
 
 GOOD_ERROR, POOR_ERROR = 0.1, 0.3
 """Relative output errors below which a layer is called well, and above which badly approximated."""
@@ -79,7 +67,7 @@ def analyze(
     methods = [method.with_budget(budget) for budget in budgets]
     calls = sum(site.calls for site in chosen) * len(samples.batches)
     total = calls * 2 * len(budgets)
-    meter = _Meter(progress, total)
+    meter = Meter(progress, total)
 
     meter.stage("running the exact model")
     judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
@@ -88,11 +76,7 @@ def analyze(
         meter.stage(f"exact model: {task.name}")
         answers.append(task.run())
     meter.stage("measuring each layer")
-    tally = _Tally(methods, meter)
-    with intercepted(checkpoint.model, {site.name: site for site in chosen}, tally.record):
-        for batch in samples.batches:
-            checkpoint.model(**batch)
-    by_site = tally.figures(chosen)
+    by_site = measure_layers(checkpoint.model, samples.batches, chosen, methods, meter.step)
     by_budget = []
     for candidate in methods:
         meter.stage(f"running the model at budget {candidate.budget:g}")
@@ -153,91 +137,6 @@ def choose_sites(sites: list[Site], layers: str | None) -> list[Site]:
             )
         numbers |= fitting
     return [able[number] for number in sorted(numbers)]
-
-
-@dataclass
-class _Meter:
-    """Steps done, for the progress bar."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-    name: str = ""
-
-    def stage(self, name: str) -> None:
-        self.name = name
-        self.step(0)
-
-    def step(self, count: int = 1) -> None:
-        self.done += count
-        self.progress(self.name, self.done, self.total)
-
-
-@dataclass
-class _Tally:
-    """Answers calls exactly while measuring every method on them."""
-
-    methods: list[Method]
-    meter: _Meter
-    _errors: dict[tuple[str, float], list[Tensor]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    _shares: dict[tuple[str, float], list[Tensor]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    _costs: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
-    _left_exact: dict[str, str] = field(default_factory=dict)
-
-    def record(self, site: Site, call: AttentionCall) -> Tensor:
-        exact, exact_bytes = with_peak_bytes(call.exact, call.query.device)
-        valid, exact_lse = call.valid_rows, call.exact_lse()
-        for method in (method.at(site.name) for method in self.methods):
-            reason = method.reason_for_exact(call)
-            if reason is not None:
-                self._left_exact[site.name] = reason
-                continue
-            key = (site.name, method.budget)
-            apply = partial(method, call)
-            result, method_bytes = with_peak_bytes(apply, call.query.device)
-            mass = captured_mass(result.lse, exact_lse, valid)
-            self._errors[key].append(relative_error(result.output, exact, valid))
-            self._shares[key].append(torch.stack([result.density, result.forced, mass]).double())
-            if key not in self._costs:
-                exact_ms, method_ms = paired_latency_ms(call.exact, apply)
-                self._costs[key] = {
-                    "exact_ms": exact_ms,
-                    "method_ms": method_ms,
-                    "exact_bytes": exact_bytes,
-                    "method_bytes": method_bytes,
-                }
-            self.meter.step()
-        return exact
-
-    def figures(self, sites: list[Site]) -> list[SiteFigures]:
-        if not self._errors:
-            reason = next(iter(self._left_exact.values()), "no call was seen")
-            raise InputError(f"nothing to approximate at this length: {reason}; use longer inputs")
-        figures = []
-        for site in sites:
-            for method in self.methods:
-                key = (site.name, method.budget)
-                if key not in self._errors:
-                    continue
-                by_head = torch.cat(self._errors[key]).mean(0)
-                density, forced, mass = torch.cat(self._shares[key], 1).mean((1, 2)).tolist()
-                figures.append(
-                    SiteFigures(
-                        site=site.name,
-                        budget=method.budget,
-                        density=density,
-                        forced=forced,
-                        error=float(by_head.mean()),
-                        error_by_head=tuple(by_head.tolist()),
-                        mass=mass,
-                        **self._costs[key],
-                    )
-                )
-        return figures
 
 
 def _summarised(

@@ -91,6 +91,7 @@ class SiteFigures:
         mass: Share of the exact attention mass on exactly computed entries.
         exact_ms, method_ms: Median latency of one call, one sample.
         exact_bytes, method_bytes: Peak extra memory of one call, one sample.
+        legal_entries: Scores the mask allows in one sample, over all heads and calls.
     """
 
     site: str
@@ -104,6 +105,7 @@ class SiteFigures:
     method_ms: float
     exact_bytes: int
     method_bytes: int
+    legal_entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,7 @@ class BudgetFigures:
     def from_dict(cls, data: dict[str, Any]) -> BudgetFigures:
         """The figures in JSON types."""
         texts = [TextFigures(f["text"], Damage(**f["damage"])) for f in data.get("by_text", ())]
-        tasks = [
-            TaskFigures(t["task"], t["items"], tuple(Measure(**m) for m in t["measures"]))
-            for t in data.get("tasks", ())
-        ]
+        tasks = map(task_figures, data.get("tasks", ()))
         damage = Damage(**data["damage"])
         return cls(**{**data, "damage": damage, "by_text": tuple(texts), "tasks": tuple(tasks)})
 
@@ -224,16 +223,24 @@ class AnalyzeReport:
                     )
                     for site in data["sites"]
                 ),
-                by_site=tuple(
-                    SiteFigures(**{**f, "error_by_head": tuple(f["error_by_head"])})
-                    for f in data["by_site"]
-                ),
+                by_site=tuple(map(site_figures, data["by_site"])),
                 by_budget=tuple(BudgetFigures.from_dict(f) for f in data["by_budget"]),
                 seconds=data["seconds"],
                 peak_process_bytes=data["peak_process_bytes"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a report of mra-cli analyze: {error}") from error
+
+
+def site_figures(data: dict[str, Any]) -> SiteFigures:
+    """A site's figures in JSON types, read back."""
+    return SiteFigures(**{**data, "error_by_head": tuple(data["error_by_head"])})
+
+
+def task_figures(data: dict[str, Any]) -> TaskFigures:
+    """A task's figures in JSON types, read back."""
+    measures = tuple(Measure(**measure) for measure in data["measures"])
+    return TaskFigures(data["task"], data["items"], measures)
 
 
 def read_plan(path: Path, budget: float | None) -> Plan:

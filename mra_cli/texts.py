@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mra_cli.checkpoint import Checkpoint
+from mra_cli.errors import InputError
 from mra_cli.inputs import DEFAULT_TEXT_NAME, Samples, default_text, make_samples, read_text
 
 _MODULES = (
@@ -83,3 +84,46 @@ def samples_of(
         for text in texts
     ]
     return Samples.joined(made)
+
+
+def split_samples(
+    checkpoint: Checkpoint,
+    texts: Sequence[Text],
+    held_out: Sequence[Text] | None,
+    *,
+    given: bool,
+    seq_len: int | None,
+    count: int,
+    seed: int,
+) -> tuple[Samples, Samples]:
+    """Inputs to search on and others to verify on, which have nothing in common.
+
+    Args:
+        texts: To search on.
+        held_out: To verify on; None: the second half of each of ``texts``, the first being for the
+            search.
+        given: Somebody chose the texts; else models that take none get other inputs.
+        seq_len, count, seed: As in `make_samples`.
+
+    Raises:
+        InputError: As `make_samples`, or a text is on both sides.
+    """
+    if checkpoint.model.main_input_name != "input_ids" and not given:
+        first, second = (
+            make_samples(checkpoint, seq_len=seq_len, count=count, seed=s) for s in (seed, seed + 1)
+        )
+        return first, second
+    halves = [text.halves() for text in texts]
+    sides = (
+        (list(texts), list(held_out)) if held_out else tuple(map(list, zip(*halves, strict=True)))
+    )
+    both = {text.name for text in sides[0]} & {text.name for text in sides[1]}
+    if both:
+        raise InputError(
+            f"--held-out must be text that --text does not have, got {min(both)} in both; leave "
+            "out --held-out to split each text in halves"
+        )
+    first, second = (
+        samples_of(checkpoint, side, seq_len=seq_len, count=count, seed=seed) for side in sides
+    )
+    return first, second

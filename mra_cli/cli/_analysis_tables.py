@@ -18,12 +18,10 @@ def heading(report: AnalyzeReport) -> list[tuple[str, str]]:
     """Lines that say what was measured on what, with their styles."""
     origin = report.provenance
     length = f"{origin.seq_len} tokens of " if origin.seq_len else ""
-    settings = {k: v for k, v in report.method.items() if k != "method" and v is not None}
     return [
         (
             f"{origin.model} ({origin.model_class}, {origin.dtype}), method "
-            f"{report.method['method']} "
-            f"({', '.join(f'{k}={_short(v)}' for k, v in settings.items())})",
+            f"{settings_words(report.method)}",
             "bold",
         ),
         (
@@ -184,3 +182,9 @@ def score(measure: Measure, value: float) -> str:
 
 def _short(value: object) -> str:
     return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def settings_words(method: dict[str, object]) -> str:
+    """A method's name and settings."""
+    settings = {k: v for k, v in method.items() if k != "method" and v is not None}
+    return f"{method['method']} ({', '.join(f'{k}={_short(v)}' for k, v in settings.items())})"

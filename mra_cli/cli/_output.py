@@ -27,14 +27,15 @@ from mra_cli.cli._colours import COLOURS
 from mra_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from mra_cli.analyze import Progress as ProgressFunction
     from mra_cli.bench.report import BenchReport
     from mra_cli.environment import Environment
     from mra_cli.export import Exported
     from mra_cli.figures import Figures
     from mra_cli.loading import Answer
     from mra_cli.plan import Plan
+    from mra_cli.progress import Progress as ProgressFunction
     from mra_cli.report import AnalyzeReport
+    from mra_cli.search import SearchReport
     from mra_cli.sites import Site
     from mra_cli.verify import VerifyReport
 
@@ -125,7 +126,7 @@ class Output:
         )
         self._write(json.dumps({"model": model, "sites": [asdict(s) for s in sites]}, indent=2))
 
-    def analysis(self, report: AnalyzeReport) -> None:
+    def analysis(self, report: AnalyzeReport, *, html: str | None) -> None:
         """The tables and verdicts of `analyze`."""
         from mra_cli.cli import _analysis_tables as tables
 
@@ -143,6 +144,38 @@ class Output:
             f"Took {report.seconds:.1f} s after loading; at most {memory:.2f} GiB of memory.",
             style="dim",
         )
+        if html is not None:
+            from mra_cli.pages import analyze_page
+
+            self._save(html, analyze_page(report))
+        self._write(report.to_json())
+
+    def search(
+        self, report: SearchReport, *, plan: str, plot: str | None, html: str | None
+    ) -> None:
+        """The tables and the answer of `search`; the plan goes to a file if there is one."""
+        from mra_cli.cli import _search_tables as tables
+
+        for line, style in tables.heading(report):
+            self._out.print(escape(line), style=style)
+        for table in tables.tables(report):
+            self._out.print(table)
+        colour = COLOURS["no" if report.plan is None else "yes"]
+        self._out.print(escape(report.answer), style=f"bold {colour}")
+        for line in tables.remarks(report):
+            self._out.print(escape(line))
+        self._out.print(f"Took {report.seconds:.1f} s after loading.", style="dim")
+        made = report.made_plan()
+        if made is not None:
+            self._save(plan, made.to_json() + "\n")
+        if plot is not None:
+            from mra_cli.search.plots import draw
+
+            self._save(plot, draw(report, Path(plot).suffix.removeprefix(".").lower()))
+        if html is not None:
+            from mra_cli.pages import search_page
+
+            self._save(html, search_page(report))
         self._write(report.to_json())
 
     def bench(self, report: BenchReport, *, csv: str | None, plot: str | None) -> None:

@@ -9,6 +9,7 @@ import typer
 from mra_cli.cli._options import (
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
     LayersOption,
     ModelArgument,
@@ -16,9 +17,10 @@ from mra_cli.cli._options import (
     SeedOption,
     SeqLenOption,
     SettingsOption,
+    TaskOption,
     TextsOption,
     TrustOption,
-    check_writable,
+    check_outputs,
     parse_budgets,
     parse_settings,
 )
@@ -33,20 +35,13 @@ def analyze(
     seq_len: SeqLenOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 4,
     text: TextsOption = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            metavar="NAME[:LENGTH]",
-            help="Also measure at: needles (causal models), ranking (encoders), transcript "
-            "(speech). Repeat for more.",
-        ),
-    ] = None,
+    task: TaskOption = None,
     layers: LayersOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    html: HtmlOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
     allow_pickle: PickleOption = False,
@@ -54,7 +49,7 @@ def analyze(
     """Measure, layer by layer and for the whole MODEL, what approximating its attention does."""
     budgets = parse_budgets(budget)
     chosen = parse_settings(settings or [])
-    check_writable(json)
+    check_outputs({"--json": json, "--html": html})
     from mra_cli.analyze import analyze as run
     from mra_cli.checkpoint import load_checkpoint
     from mra_cli.cli._output import Output
@@ -93,4 +88,4 @@ def analyze(
             seed=seed,
             progress=progress,
         )
-    out.analysis(report)
+    out.analysis(report, html=html)

@@ -15,6 +15,7 @@ from mra_cli.cli.check import check
 from mra_cli.cli.env import env
 from mra_cli.cli.patch import patch
 from mra_cli.cli.run import run
+from mra_cli.cli.search import search
 from mra_cli.cli.verify import verify
 from mra_cli.errors import MraError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(analyze)
+app.command()(search)
 app.command()(bench)
 app.command()(env)
 app.command()(patch)

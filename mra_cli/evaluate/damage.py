@@ -40,6 +40,25 @@ class Damage:
         return None if self.loss_exact is None else math.exp(min(self.loss_exact, 700.0))
 
     @property
+    def loss_increase(self) -> float | None:
+        """Loss over the exact loss, minus 1."""
+        if self.loss is None or self.loss_exact is None:
+            return None
+        return self.loss / self.loss_exact - 1.0
+
+    @property
+    def harm(self) -> float:
+        """One number that adds up over layers: KL, or 1 minus the cosine, or the squared change of
+        the output; all grow with the square of small errors.
+        """
+        if self.cosine_mean is not None:
+            return max(0.0, 1.0 - self.cosine_mean)
+        if self.output_change is not None:
+            return self.output_change**2
+        assert self.kl is not None
+        return max(0.0, self.kl)
+
+    @property
     def recovery(self) -> float:
         """How much of the exact model is left, at best 1: the exact perplexity over this one, the
         mean cosine of embeddings, the share of classes kept, or 1 minus the output's change.

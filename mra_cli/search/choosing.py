@@ -1,0 +1,95 @@
+"""Which point of the frontier: narrowed down on the calibration's inputs, verified on others."""
+
+from __future__ import annotations
+
+from mra_cli.search.report import Trial
+from mra_cli.search.workbench import Workbench
+
+_MOST_TRIALS = 8
+_MOST_REPAIRS = 6
+_FORECASTS = 4
+"""Trials whose place the forecast says; later ones halve what is left."""
+
+_CLOSE = 0.01
+"""Density, or share of the latency, that is not worth another run."""
+
+
+def choose(bench: Workbench) -> int | None:
+    """Place of the cheapest point that holds on the held-out inputs; None: none does.
+
+    Raises:
+        InputError: Time is up.
+    """
+    if len(bench.points) < 2:
+        return None  # nothing is cheaper than exact
+    if not bench.setup.harm_targets:
+        return _densest(bench)
+    place = _cheapest_on_calibration(bench)
+    for _ in range(_MOST_REPAIRS):
+        if place is None:
+            return None
+        trial = bench.run(place, held_out=True)
+        if trial.holds:
+            return place
+        place = _tighter(bench, trial)
+    return None
+
+
+def _densest(bench: Workbench) -> int | None:
+    """The least harmful point that is no denser than wanted."""
+    most = min(target.value for target in bench.setup.targets)
+    fitting = [place for place, point in enumerate(bench.points) if point.density <= most]
+    place = max(fitting, default=-1)
+    for _ in range(_MOST_REPAIRS):  # masks of other inputs can demand more
+        if place < 0:
+            return None
+        if bench.run(place, held_out=True).holds:
+            return place
+        place -= 1
+    return None
+
+
+def _cheapest_on_calibration(bench: Workbench) -> int | None:
+    """The cheapest point that keeps the calibration's inputs: where the forecast, better after each
+    run, puts the limit; then halving what lies between. The last point is all exact, and no plan.
+    """
+    points = bench.points
+    fails, passes = -1, len(points) - 1
+    whole = points[-1].cost(bench.setup.saves)
+    place = passes // 2
+    for number in range(_MOST_TRIALS):
+        trial = bench.run(place, held_out=False)
+        fails, passes = (fails, place) if trial.holds else (place, passes)
+        gap = points[passes].cost(bench.setup.saves) - points[max(fails, 0)].cost(bench.setup.saves)
+        if passes - fails <= 1 or (passes < len(points) - 1 and gap < _CLOSE * whole):
+            break
+        halfway = (fails + passes) // 2
+        place = _first_below(bench, _allowed(bench, trial)) if number < _FORECASTS else halfway
+        place = min(max(place, fails + 1), passes - 1)
+    return passes if passes < len(points) - 1 else None
+
+
+def _tighter(bench: Workbench, trial: Trial) -> int | None:
+    """The next point to verify after one that failed; None: there is none that could hold."""
+    if any(
+        target.excess(trial.damage, trial.density) > 1
+        for target in bench.setup.targets
+        if target.name == "density"
+    ):
+        return None  # tighter is denser
+    foretold = bench.forecast.harm(bench.points[trial.point].harm)
+    allowed = _allowed(bench, trial) * foretold / max(trial.damage.harm, 1e-12)
+    place = max(trial.point + 1, _first_below(bench, 0.95 * allowed))
+    return place if place < len(bench.points) - 1 else None
+
+
+def _allowed(bench: Workbench, trial: Trial) -> float:
+    """Harm at which the targets would just hold, if they scale with what this run did."""
+    excess = max(target.excess(trial.damage, 0.0) for target in bench.setup.harm_targets)
+    return trial.damage.harm / max(excess, 1e-3)
+
+
+def _first_below(bench: Workbench, harm: float) -> int:
+    """The cheapest point whose foretold harm is at most that."""
+    foretold = (bench.forecast.harm(point.harm) for point in bench.points)
+    return next(place for place, found in enumerate(foretold) if found <= harm or found == 0.0)
