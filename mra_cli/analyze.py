@@ -13,6 +13,7 @@ import torch
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Damage, Judge, Task, TaskFigures
+from mra_cli.forecast import ForecastFigures, Sensitivity, checked_forecast, grouped, minded
 from mra_cli.inputs import Samples, probe
 from mra_cli.layers import measure_layers
 from mra_cli.measure import peak_process_bytes
@@ -25,6 +26,9 @@ from mra_cli.sites import Site, find_sites
 
 GOOD_ERROR, POOR_ERROR = 0.1, 0.3
 """Relative output errors below which a layer is called well, and above which badly approximated."""
+
+_GROUPS = 8
+"""Layers are run alone in no more groups than this, for the forecast."""
 
 
 @torch.no_grad()
@@ -66,8 +70,7 @@ def analyze(
     chosen = fitting_sites(method, choose_sites(sites, layers))
     methods = [method.with_budget(budget) for budget in budgets]
     calls = sum(site.calls for site in chosen) * len(samples.batches)
-    total = calls * 2 * len(budgets)
-    meter = Meter(progress, total)
+    meter = Meter(progress, calls * (2 * len(budgets) + 1))
 
     meter.stage("running the exact model")
     judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
@@ -93,6 +96,8 @@ def analyze(
         texts = zip(samples.parts, by_part, strict=True)
         by_text = tuple(TextFigures(name, part) for (name, _), part in texts)
         by_budget.append(replace(figures, by_text=by_text, tasks=tuple(worked)))
+    first = judge.of_first()
+    forecast = _forecast(checkpoint, judge, first, chosen, methods, by_site, by_budget, meter)
     settings = {key: value for key, value in method.settings().items() if key != "budget"}
     return AnalyzeReport(
         provenance=Provenance.collect(checkpoint, samples, seed),
@@ -102,6 +107,53 @@ def analyze(
         by_budget=tuple(by_budget),
         seconds=time.perf_counter() - started,
         peak_process_bytes=peak_process_bytes(),
+        forecast=forecast,
+    )
+
+
+def _forecast(
+    checkpoint: Checkpoint,
+    judge: Judge,
+    first: Judge,
+    chosen: list[Site],
+    methods: list[Method],
+    by_site: list[SiteFigures],
+    by_budget: list[BudgetFigures],
+    meter: Meter,
+) -> ForecastFigures | None:
+    """Foretells plans from the errors of their layers and from how much the model minds each of
+    them, some layers at a time, and runs a plan of mixed budgets to see.
+    """
+    model, sites = checkpoint.model, [s for s in chosen if any(s.name == r.site for r in by_site)]
+    if len(sites) < 2:
+        return None
+    errors = {(row.site, row.budget): row.error for row in by_site}
+    middle = methods[len(methods) // 2]
+    sensitivities = []
+    for group in grouped(sites, -(-len(sites) // _GROUPS)):
+        meter.stage(f"approximating {group[0].name} and neighbours alone")
+        with patched(model, Plan.uniform(group, middle)):
+            harm = first.judge().harm
+        names = tuple(site.name for site in group)
+        sensitivities.append(Sensitivity(names, middle.budget, harm))
+    low, high = methods[0], methods[-1]
+    plan = dict(Plan.uniform(sites[::2], low).sites)
+    mixed = {name: errors[name, low.budget] for name in plan}
+    words = f"budget {low.budget:g} at every other site"
+    if high is not low:
+        others = Plan.uniform(sites[1::2], high).sites
+        mixed |= {name: errors[name, high.budget] for name in others}
+        plan |= others
+        words += f", {high.budget:g} at the rest"
+    meter.stage("running a plan of mixed budgets")
+    with patched(model, Plan(plan)):
+        damage = judge.judge()
+    by_method = {
+        m.budget: {site.name: errors[site.name, m.budget] for site in sites} for m in methods
+    }
+    damages = {figures.budget: figures.damage for figures in by_budget}
+    return checked_forecast(
+        minded(sensitivities, errors), by_method, damages, (words, mixed, damage)
     )
 
 

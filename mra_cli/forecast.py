@@ -11,6 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+from mra_cli.evaluate import Damage
+
+T = TypeVar("T")
 
 _LEAST = 1e-12
 _STEEPEST = 2.0
@@ -43,11 +48,141 @@ class Forecast:
         return cls(math.exp(y0 - exponent * x0), exponent)
 
 
-def energy(errors: Mapping[str, float], minded: Mapping[str, float] | None = None) -> float:
+@dataclass(frozen=True)
+class Sensitivity:
+    """Harm when one site (or some, measured together) is approximated alone.
+
+    Attributes:
+        sites: Their names.
+        budget: Budget of the method there.
+        harm: What it did, see `Damage.harm`.
+    """
+
+    sites: tuple[str, ...]
+    budget: float
+    harm: float
+
+
+def grouped(items: Sequence[T], size: int) -> list[list[T]]:
+    """Neighbours, so many at a time."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def minded(
+    sensitivities: Sequence[Sensitivity], errors: Mapping[tuple[str, float], float]
+) -> dict[str, float]:
+    """Harm per squared error, by site; those measured together share it.
+
+    Args:
+        errors: Relative output error by site and budget.
+    """
+    found = {}
+    for group in sensitivities:
+        squares = [errors.get((site, group.budget), 0.0) ** 2 for site in group.sites]
+        for site in group.sites:
+            found[site] = group.harm / max(sum(squares), 1e-12)
+    return found
+
+
+def energy(errors: Mapping[str, float], minds: Mapping[str, float]) -> float:
     """Sum of squared relative errors over sites, each times how much the model minds that site.
 
     Args:
         errors: Relative output error by site; sites that stay exact have none.
-        minded: Harm per squared error by site; None: all alike.
+        minds: Harm per squared error, by site.
     """
-    return sum((1.0 if minded is None else minded[s]) * e * e for s, e in errors.items())
+    return sum(minds[site] * error * error for site, error in errors.items())
+
+
+@dataclass(frozen=True)
+class ForecastCheck:
+    """A joint run beside what was foretold without it.
+
+    Attributes:
+        plan: What was run, in words.
+        foretold, measured: The figure.
+    """
+
+    plan: str
+    foretold: float
+    measured: float
+
+    @property
+    def off(self) -> float:
+        """By how much of the measured figure the forecast was off; above 0: too high."""
+        return self.foretold / self.measured - 1.0 if self.measured else math.inf
+
+
+@dataclass(frozen=True)
+class ForecastFigures:
+    """What plans at these sites do, foretold from the errors of their layers.
+
+    Attributes:
+        figure: What is foretold, in words.
+        minds: Harm per squared error, by site.
+        factor, exponent: Of `Forecast`, through all joint runs with one budget.
+        checks: How far such forecasts were off.
+    """
+
+    figure: str
+    minds: dict[str, float]
+    factor: float
+    exponent: float
+    checks: tuple[ForecastCheck, ...]
+
+    def of(self, errors: Mapping[str, float]) -> float:
+        """The figure foretold for a plan.
+
+        Args:
+            errors: Relative output error by approximated site, as `SiteFigures` say for budgets.
+        """
+        return Forecast(self.factor, self.exponent).harm(energy(errors, self.minds))
+
+
+def foretold_figure(damages: Sequence[Damage]) -> tuple[str, list[float]]:
+    """The figure that can be foretold for these runs, in words, and its values: the increase of the
+    loss where there is one in all of them, else what `Damage.harm` is.
+    """
+    rises = [damage.loss_increase for damage in damages]
+    if all(rise is not None and rise > 0 for rise in rises):
+        return "loss increase", [rise for rise in rises if rise is not None]
+    first = damages[0]
+    words = "1 - cosine" if first.cosine_mean is not None else "KL, nats"
+    if first.output_change is not None:
+        words = "squared output change"
+    return words, [damage.harm for damage in damages]
+
+
+def checked_forecast(
+    minds: Mapping[str, float],
+    errors: Mapping[float, Mapping[str, float]],
+    damages: Mapping[float, Damage],
+    mixed: tuple[str, Mapping[str, float], Damage] | None,
+) -> ForecastFigures:
+    """A forecast through the joint runs of an analysis, and how far such forecasts are off.
+
+    Budgets between others are foretold from those others, and a plan of mixed budgets from all.
+
+    Args:
+        minds: Harm per squared error, by site.
+        errors: By budget, the error of each site.
+        damages: By budget, of all sites together.
+        mixed: A plan in words, the errors of its sites, and its damage.
+    """
+    runs = [*damages.values()] + ([mixed[2]] if mixed else [])
+    figure, values = foretold_figure(runs)
+    points = {
+        budget: (energy(errors[budget], minds), value)
+        for budget, value in zip(damages, values, strict=False)
+    }
+    checks = []
+    for budget in sorted(points)[1:-1]:
+        others = [point for other, point in points.items() if other != budget]
+        spent, value = points[budget]
+        foretold = Forecast.fitted(others).harm(spent)
+        checks.append(ForecastCheck(f"budget {budget:g}, from the others", foretold, value))
+    fitted = Forecast.fitted(list(points.values()))
+    if mixed is not None:
+        words, mixed_errors, _ = mixed
+        checks.append(ForecastCheck(words, fitted.harm(energy(mixed_errors, minds)), values[-1]))
+    return ForecastFigures(figure, dict(minds), fitted.factor, fitted.exponent, tuple(checks))

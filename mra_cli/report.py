@@ -20,6 +20,7 @@ from mra_cli import __version__
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage, Measure, TaskFigures
+from mra_cli.forecast import ForecastCheck, ForecastFigures
 from mra_cli.inputs import Samples, read_text
 from mra_cli.methods import make_method
 from mra_cli.plan import Plan
@@ -166,6 +167,7 @@ class AnalyzeReport:
         by_site, by_budget: The figures.
         seconds: Wall time, loading left out.
         peak_process_bytes: Most memory the process held, loading included.
+        forecast: What plans that were not run would do; None if nothing was run to tell.
     """
 
     provenance: Provenance
@@ -175,6 +177,7 @@ class AnalyzeReport:
     by_budget: tuple[BudgetFigures, ...]
     seconds: float
     peak_process_bytes: int
+    forecast: ForecastFigures | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -227,9 +230,17 @@ class AnalyzeReport:
                 by_budget=tuple(BudgetFigures.from_dict(f) for f in data["by_budget"]),
                 seconds=data["seconds"],
                 peak_process_bytes=data["peak_process_bytes"],
+                forecast=_forecast(data.get("forecast")),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a report of mra-cli analyze: {error}") from error
+
+
+def _forecast(data: dict[str, Any] | None) -> ForecastFigures | None:
+    if data is None:
+        return None
+    checks = tuple(ForecastCheck(**check) for check in data["checks"])
+    return ForecastFigures(**{**data, "checks": checks})
 
 
 def site_figures(data: dict[str, Any]) -> SiteFigures:

@@ -11,6 +11,7 @@ from rich.table import Table
 from mra_cli.analyze import GOOD_ERROR, POOR_ERROR
 from mra_cli.cli._colours import COLOURS
 from mra_cli.evaluate import Damage, Measure
+from mra_cli.forecast import ForecastFigures
 from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
 
 
@@ -40,6 +41,8 @@ def tables(report: AnalyzeReport) -> Iterator[Table]:
         yield _text_table(report)
     if report.by_budget[0].tasks:
         yield _task_table(report)
+    if report.forecast is not None and report.forecast.checks:
+        yield _forecast_table(report.forecast)
 
 
 def _site_table(report: AnalyzeReport) -> Table:
@@ -172,6 +175,17 @@ def _task_table(report: AnalyzeReport) -> Table:
                 *(score(run, run.run) for run in runs),
             )
         table.add_section()
+    return table
+
+
+def _forecast_table(forecast: ForecastFigures) -> Table:
+    figure = forecast.figure
+    table = Table(title=f"{figure[0].upper()}{figure[1:]} foretold from the errors of the layers")
+    for name in ("plan", "foretold", "measured", "off by"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for check in forecast.checks:
+        values = (f"{value:.3g}" for value in (check.foretold, check.measured))
+        table.add_row(check.plan, *values, f"{100 * check.off:+.0f} %")
     return table
 
 

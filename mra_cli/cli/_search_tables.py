@@ -48,13 +48,14 @@ def tables(report: SearchReport) -> Iterator[Table]:
 def remarks(report: SearchReport) -> list[str]:
     """What the tables don't say."""
     lines = [report.break_even] if report.break_even else []
-    trial = report.verified
-    if trial is not None and trial.damage.harm > 0:
-        off = trial.foretold / trial.damage.harm - 1
-        lines.append(
-            f"The harm foretold for the plan was {abs(off):.0%} "
-            f"{'more' if off > 0 else 'less'} than measured on held-out inputs."
-        )
+    runs = [t for t in report.trials if t.damage.harm > 0][1:]  # the first teaches the factor
+    off = {
+        where: [abs(t.foretold / t.damage.harm - 1) for t in runs if t.held_out == held_out]
+        for where, held_out in (("the inputs of the search", False), ("held-out inputs", True))
+    }
+    said = [f"{sum(v) / len(v):.0%} on {where}" for where, v in off.items() if v]
+    if said:
+        lines.append(f"Harm foretold for joint runs was off by {' and '.join(said)}, on average.")
     return lines
 
 

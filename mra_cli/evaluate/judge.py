@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,13 @@ class Judge:
         self._outputs = RowOutputs(model, self._batches[0])
         self._exact = [self._outputs(batch) for batch in self._batches]
         check_numbers(model, self._exact)
+
+    def of_first(self) -> Judge:
+        """A judge of the first sample alone, without running the exact model again."""
+        one = copy.copy(self)
+        one._batches, one._labels = self._batches[:1], self._labels[:1]
+        one._exact = self._exact[:1]
+        return one
 
     def judge(self) -> Damage:
         """Run the model as it is now and compare."""

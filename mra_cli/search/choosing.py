@@ -40,6 +40,8 @@ def _densest(bench: Workbench) -> int | None:
     most = min(target.value for target in bench.setup.targets)
     fitting = [place for place, point in enumerate(bench.points) if point.density <= most]
     place = max(fitting, default=-1)
+    if place >= 0:
+        bench.run(place, held_out=False)  # teaches the forecast
     for _ in range(_MOST_REPAIRS):  # masks of other inputs can demand more
         if place < 0:
             return None

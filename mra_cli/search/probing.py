@@ -19,7 +19,7 @@ from mra_cli.patching import Setting, answer, intercepted
 from mra_cli.plan import Plan, SitePlan
 from mra_cli.report import SiteFigures
 from mra_cli.search.frontier import Option
-from mra_cli.search.report import LengthSpeed, Sensitivity
+from mra_cli.search.report import LengthSpeed
 from mra_cli.sites import Site
 
 _SHORTEST = 64
@@ -37,24 +37,6 @@ def averaged(passes: Sequence[Sequence[SiteFigures]]) -> list[SiteFigures]:
         }
         by_head = tuple(sum(head) / len(rows) for head in heads)
         found.append(dataclasses.replace(rows[0], error_by_head=by_head, **means))
-    return found
-
-
-def grouped(sites: Sequence[Site], size: int) -> list[list[Site]]:
-    """Neighbouring sites, so many at a time."""
-    return [list(sites[start : start + size]) for start in range(0, len(sites), size)]
-
-
-def minded(
-    sensitivities: Sequence[Sensitivity], by_site: Sequence[SiteFigures]
-) -> dict[str, float]:
-    """Harm per squared error, by site; those measured together share it."""
-    error = {(row.site, row.budget): row.error for row in by_site}
-    found = {}
-    for group in sensitivities:
-        squares = [error.get((site, group.budget), 0.0) ** 2 for site in group.sites]
-        for site in group.sites:
-            found[site] = group.harm / max(sum(squares), 1e-12)
     return found
 
 

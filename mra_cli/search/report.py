@@ -9,26 +9,12 @@ from typing import Any
 
 from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage, TaskFigures
+from mra_cli.forecast import Sensitivity
 from mra_cli.plan import Plan
 from mra_cli.report import Provenance, SiteFigures, site_figures, task_figures
 from mra_cli.search.target import Target
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Harm when one site (or some, measured together) is approximated alone.
-
-    Attributes:
-        sites: Their names.
-        budget: Budget of the method there.
-        harm: What it did, see `Damage.harm`.
-    """
-
-    sites: tuple[str, ...]
-    budget: float
-    harm: float
 
 
 @dataclass(frozen=True)

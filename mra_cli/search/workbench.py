@@ -16,7 +16,7 @@ from mra_cli.analyze import choose_sites
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage, Judge
-from mra_cli.forecast import Forecast
+from mra_cli.forecast import Forecast, Sensitivity, grouped, minded
 from mra_cli.inputs import Samples, probe
 from mra_cli.layers import measure_layers
 from mra_cli.methods import Method, fitting_sites
@@ -28,13 +28,11 @@ from mra_cli.search.frontier import Point, frontier
 from mra_cli.search.journal import Journal
 from mra_cli.search.probing import (
     averaged,
-    grouped,
     joint_run,
-    minded,
     options,
     speeds_by_length,
 )
-from mra_cli.search.report import LengthSpeed, Sensitivity, Trial
+from mra_cli.search.report import LengthSpeed, Trial
 from mra_cli.search.target import Target, holds
 from mra_cli.sites import Site, find_sites
 
@@ -143,7 +141,8 @@ class Workbench:
     @cached_property
     def points(self) -> list[Point]:
         """The frontier, from the cheapest plan to the most expensive."""
-        minds = minded(self.sensitivities, self.by_site)
+        errors = {(row.site, row.budget): row.error for row in self.by_site}
+        minds = minded(self.sensitivities, errors)
         return frontier(options(self.sites, self.by_site, minds), self.setup.saves)
 
     def plan(self, point: Point) -> Plan:
