@@ -146,11 +146,7 @@ def foretold_figure(damages: Sequence[Damage]) -> tuple[str, list[float]]:
     rises = [damage.loss_increase for damage in damages]
     if all(rise is not None and rise > 0 for rise in rises):
         return "loss increase", [rise for rise in rises if rise is not None]
-    first = damages[0]
-    words = "1 - cosine" if first.cosine_mean is not None else "KL, nats"
-    if first.output_change is not None:
-        words = "squared output change"
-    return words, [damage.harm for damage in damages]
+    return damages[0].harm_words, [damage.harm for damage in damages]
 
 
 def checked_forecast(

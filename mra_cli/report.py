@@ -243,6 +243,16 @@ def _forecast(data: dict[str, Any] | None) -> ForecastFigures | None:
     return ForecastFigures(**{**data, "checks": checks})
 
 
+def method_words(method: dict[str, Any]) -> str:
+    """A method's name and settings, as `Method.settings` gives them."""
+    settings = (
+        f"{key}={'/'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for key, value in method.items()
+        if key not in ("method", "budget") and value is not None
+    )
+    return f"{method['method']} ({', '.join(settings)})"
+
+
 def site_figures(data: dict[str, Any]) -> SiteFigures:
     """A site's figures in JSON types, read back."""
     return SiteFigures(**{**data, "error_by_head": tuple(data["error_by_head"])})

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 from rich.markup import escape
 from rich.table import Table
 
 from mra_cli.analyze import GOOD_ERROR, POOR_ERROR
 from mra_cli.cli._colours import COLOURS
-from mra_cli.evaluate import Damage, Measure
 from mra_cli.forecast import ForecastFigures
-from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
+from mra_cli.report import AnalyzeReport, SiteFigures, method_words
 
 
 def heading(report: AnalyzeReport) -> list[tuple[str, str]]:
@@ -22,7 +20,7 @@ def heading(report: AnalyzeReport) -> list[tuple[str, str]]:
     return [
         (
             f"{origin.model} ({origin.model_class}, {origin.dtype}), method "
-            f"{settings_words(report.method)}",
+            f"{method_words(report.method)}",
             "bold",
         ),
         (
@@ -94,66 +92,35 @@ def _mean_row(report: AnalyzeReport, budgets: list[float]) -> list[str]:
     return [f"{exact:.1f}", *cells]
 
 
-def damage_columns(damage: Damage) -> dict[str, Callable[[Damage], str]]:
-    """Names of the figures that a damage like this one has, and how they are shown."""
-    columns: dict[str, Callable[[Damage], str]] = {}
-    if damage.loss is not None:
-        columns |= {
-            "loss (exact)": lambda d: f"{d.loss:.4f} ({d.loss_exact:.4f})",
-            "perplexity (exact)": lambda d: f"{d.perplexity:.3f} ({d.perplexity_exact:.3f})",
-        }
-    if damage.kl is not None:
-        columns |= {
-            "KL, nats": lambda d: f"{d.kl:.4f}",
-            "top-1 same": lambda d: f"{100 * (d.top1_agreement or 0):.1f} %",
-        }
-    if damage.cosine_mean is not None:
-        columns |= {
-            "embedding cosine": lambda d: f"{d.cosine_mean:.4f}",
-            "lowest": lambda d: f"{d.cosine_min:.4f}",
-        }
-    if damage.output_change is not None:
-        columns["output change"] = lambda d: f"{100 * (d.output_change or 0):.1f} %"
-    return columns
-
-
 def _budget_table(report: AnalyzeReport) -> Table:
     table = Table(title="The whole model, approximated at all these layers together")
-    columns: dict[str, Callable[[BudgetFigures], str]] = {
-        "budget": lambda f: f"{f.budget:g}",
-        "density": lambda f: f"{f.density:.3f}",
-        "error": lambda f: f"{f.error:.3f}",
-    }
-    for name, show in damage_columns(report.by_budget[0].damage).items():
-        columns[name] = partial(_of_damage, show)
-    columns |= {
-        "attention": lambda f: f"{f.exact_ms / f.method_ms:.2f}x speed",
-        "peak MiB (exact)": lambda f: f"{f.method_bytes / 2**20:.1f} ({f.exact_bytes / 2**20:.1f})",
-        "verdict": lambda f: f"[{COLOURS[f.verdict]}]{f.verdict}[/]",
-    }
-    for name in columns:
+    damage = report.by_budget[0].damage.shown()
+    names = ["budget", "density", "error", *damage, "attention", "peak MiB (exact)", "verdict"]
+    for name in names:
         table.add_column(name, justify="right")
     for figures in report.by_budget:
-        table.add_row(*(show(figures) for show in columns.values()))
+        table.add_row(
+            f"{figures.budget:g}",
+            f"{figures.density:.3f}",
+            f"{figures.error:.3f}",
+            *figures.damage.shown().values(),
+            f"{figures.exact_ms / figures.method_ms:.2f}x speed",
+            f"{figures.method_bytes / 2**20:.1f} ({figures.exact_bytes / 2**20:.1f})",
+            f"[{COLOURS[figures.verdict]}]{figures.verdict}[/]",
+        )
     return table
-
-
-def _of_damage(show: Callable[[Damage], str], figures: BudgetFigures) -> str:
-    return show(figures.damage)
 
 
 def _text_table(report: AnalyzeReport) -> Table:
     table = Table(title="By text")
-    shown = damage_columns(report.by_budget[0].damage)
     table.add_column("budget", justify="right")
     table.add_column("text", overflow="fold")
-    for name in shown:
+    for name in report.by_budget[0].damage.shown():
         table.add_column(name, justify="right")
     for figures in report.by_budget:
         for number, part in enumerate(figures.by_text):
             budget = f"{figures.budget:g}" if number == 0 else ""
-            cells = (show(part.damage) for show in shown.values())
-            table.add_row(budget, escape(part.text), *cells)
+            table.add_row(budget, escape(part.text), *part.damage.shown().values())
         table.add_section()
     return table
 
@@ -171,8 +138,8 @@ def _task_table(report: AnalyzeReport) -> Table:
             table.add_row(
                 *map(escape, first),
                 measure.name,
-                score(measure, measure.exact),
-                *(score(run, run.run) for run in runs),
+                measure.shown(measure.exact),
+                *(run.shown(run.run) for run in runs),
             )
         table.add_section()
     return table
@@ -187,18 +154,3 @@ def _forecast_table(forecast: ForecastFigures) -> Table:
         values = (f"{value:.3g}" for value in (check.foretold, check.measured))
         table.add_row(check.plan, *values, f"{100 * check.off:+.0f} %")
     return table
-
-
-def score(measure: Measure, value: float) -> str:
-    """A task's score as it is shown."""
-    return f"{100 * value:.1f} %" if measure.percent else f"{value:.3f}"
-
-
-def _short(value: object) -> str:
-    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def settings_words(method: dict[str, object]) -> str:
-    """A method's name and settings."""
-    settings = {k: v for k, v in method.items() if k != "method" and v is not None}
-    return f"{method['method']} ({', '.join(f'{k}={_short(v)}' for k, v in settings.items())})"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from mra_cli.cli._analysis_tables import damage_columns, score, settings_words
+from mra_cli.report import method_words
 from mra_cli.search.frontier import thinned
 from mra_cli.search.report import SearchReport
 
@@ -22,7 +22,7 @@ def heading(report: SearchReport) -> list[tuple[str, str]]:
     return [
         (
             f"{origin.model} ({origin.model_class}, {origin.dtype}), method "
-            f"{settings_words(report.method)}",
+            f"{method_words(report.method)}",
             "bold",
         ),
         (f"Wanted: {words}, with as little {report.saves} as can be.", "bold"),
@@ -109,14 +109,14 @@ def _frontier(report: SearchReport) -> Table:
 
 def _trials(report: SearchReport) -> Table:
     table = Table(title="Plans run, all sites together")
-    columns = damage_columns(report.trials[0].damage)
+    columns = report.trials[0].damage.shown()
     for name in ("inputs", "density", *columns, "harm", "foretold", "targets"):
         table.add_column(name, justify="left" if name == "inputs" else "right")
     for trial in report.trials:
         table.add_row(
             "held out" if trial.held_out else "of the search",
             f"{trial.density:.3f}",
-            *(show(trial.damage) for show in columns.values()),
+            *trial.damage.shown().values(),
             f"{trial.damage.harm:.2e}",
             f"{trial.foretold:.2e}",
             "[green]hold[/]" if trial.holds else "[red]fail[/]",
@@ -126,7 +126,7 @@ def _trials(report: SearchReport) -> Table:
         table.add_row(
             "held out, one budget for all",
             f"{report.verified.density:.3f}",
-            *(show(report.uniform) for show in columns.values()),
+            *report.uniform.shown().values(),
             f"{report.uniform.harm:.2e}",
             "",
             "",
@@ -141,6 +141,6 @@ def _tasks(report: SearchReport) -> Table:
     for task in report.tasks:
         for number, measure in enumerate(task.measures):
             first = (escape(task.task), str(task.items)) if number == 0 else ("", "")
-            scores = (score(measure, value) for value in (measure.exact, measure.run))
+            scores = (measure.shown(value) for value in (measure.exact, measure.run))
             table.add_row(*first, measure.name, *scores)
     return table

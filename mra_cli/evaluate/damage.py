@@ -59,6 +59,29 @@ class Damage:
         return max(0.0, self.kl)
 
     @property
+    def harm_words(self) -> str:
+        """What `harm` is for this model."""
+        if self.cosine_mean is not None:
+            return "1 - cosine"
+        return "squared output change" if self.output_change is not None else "KL, nats"
+
+    def shown(self) -> dict[str, str]:
+        """The figures this has, by name, as they are shown."""
+        cells = {}
+        if self.loss is not None:
+            cells["loss (exact)"] = f"{self.loss:.4f} ({self.loss_exact:.4f})"
+            cells["perplexity (exact)"] = f"{self.perplexity:.3f} ({self.perplexity_exact:.3f})"
+        if self.kl is not None and self.top1_agreement is not None:
+            cells["KL, nats"] = f"{self.kl:.4f}"
+            cells["top-1 same"] = f"{100 * self.top1_agreement:.1f} %"
+        if self.cosine_mean is not None:
+            cells["embedding cosine"] = f"{self.cosine_mean:.4f}"
+            cells["lowest"] = f"{self.cosine_min:.4f}"
+        if self.output_change is not None:
+            cells["output change"] = f"{100 * self.output_change:.1f} %"
+        return cells
+
+    @property
     def recovery(self) -> float:
         """How much of the exact model is left, at best 1: the exact perplexity over this one, the
         mean cosine of embeddings, the share of classes kept, or 1 minus the output's change.

@@ -21,3 +21,7 @@ class Measure:
     run: float
     higher_is_better: bool = True
     percent: bool = False
+
+    def shown(self, value: float) -> str:
+        """A score as it is shown."""
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"

@@ -1,12 +1,10 @@
-"""Reports as pages."""
+"""Reports as pages: one file each, nothing loaded from elsewhere, no scripts.
 
-from mra_cli.report import AnalyzeReport
-from mra_cli.search.report import SearchReport
+What can be switched is a radio button or a `details` element, so keyboards reach it and printers
+show it; colours follow the reader's light or dark theme.
+"""
 
+from mra_cli.pages.analysis import analyze_page
+from mra_cli.pages.searched import search_page
 
-def analyze_page(report: AnalyzeReport) -> str:
-    return ""
-
-
-def search_page(report: SearchReport) -> str:
-    return ""
+__all__ = ["analyze_page", "search_page"]

@@ -270,7 +270,6 @@ class Workbench:
 
     def _key(self) -> dict[str, Any]:
         """What the results depend on; targets don't enter."""
-        method = {k: v for k, v in self.setup.method.settings().items() if k != "budget"}
         texts = {
             name: [samples.digest, samples.length, len(samples.batches)]
             for name, samples in (
@@ -281,7 +280,7 @@ class Workbench:
         return {
             "model": self.checkpoint.fingerprint,
             "dtype": str(self.checkpoint.dtype),
-            "method": method,
+            "method": {k: v for k, v in self.setup.method.settings().items() if k != "budget"},
             "budgets": self.setup.budgets,
             "layers": self.setup.layers,
             **texts,
