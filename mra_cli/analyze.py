@@ -27,8 +27,8 @@ from mra_cli.sites import Site, find_sites
 GOOD_ERROR, POOR_ERROR = 0.1, 0.3
 """Relative output errors below which a layer is called well, and above which badly approximated."""
 
-_GROUPS = 8
-"""Layers are run alone in no more groups than this, for the forecast."""
+_MOST_ALONE = 64
+"""For the forecast each layer is run alone; in larger models, some together."""
 
 
 @torch.no_grad()
@@ -40,6 +40,7 @@ def analyze(
     *,
     layers: str | None = None,
     tasks: Sequence[Task] = (),
+    forecast: bool = True,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> AnalyzeReport:
@@ -55,6 +56,7 @@ def analyze(
         budgets: Densities to try.
         layers: Which sites, see `choose_sites`; None: all that can be patched.
         tasks: What else the model has to do, exactly and at each budget.
+        forecast: Run each layer alone, too, on the first sample, and foretell plans from it.
         seed: For masked-language models: the tokens to mask.
         progress: Called as work proceeds.
 
@@ -70,7 +72,7 @@ def analyze(
     chosen = fitting_sites(method, choose_sites(sites, layers))
     methods = [method.with_budget(budget) for budget in budgets]
     calls = sum(site.calls for site in chosen) * len(samples.batches)
-    meter = Meter(progress, calls * (2 * len(budgets) + 1))
+    meter = Meter(progress, calls * (2 * len(budgets) + (2 if forecast else 0)))
 
     meter.stage("running the exact model")
     judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
@@ -92,12 +94,13 @@ def analyze(
                 worked.append(TaskFigures(task.name, task.items, measures))
         meter.step(calls)
         rows = [figures for figures in by_site if figures.budget == candidate.budget]
-        figures = _summarised(candidate.budget, rows, damage, sites, samples)
+        summary = _summarised(candidate.budget, rows, damage, sites, samples)
         texts = zip(samples.parts, by_part, strict=True)
         by_text = tuple(TextFigures(name, part) for (name, _), part in texts)
-        by_budget.append(replace(figures, by_text=by_text, tasks=tuple(worked)))
-    first = judge.of_first()
-    forecast = _forecast(checkpoint, judge, first, chosen, methods, by_site, by_budget, meter)
+        by_budget.append(replace(summary, by_text=by_text, tasks=tuple(worked)))
+    figures = None
+    if forecast:
+        figures = _forecast(checkpoint, judge, chosen, methods, by_site, by_budget, meter)
     settings = {key: value for key, value in method.settings().items() if key != "budget"}
     return AnalyzeReport(
         provenance=Provenance.collect(checkpoint, samples, seed),
@@ -107,14 +110,13 @@ def analyze(
         by_budget=tuple(by_budget),
         seconds=time.perf_counter() - started,
         peak_process_bytes=peak_process_bytes(),
-        forecast=forecast,
+        forecast=figures,
     )
 
 
 def _forecast(
     checkpoint: Checkpoint,
     judge: Judge,
-    first: Judge,
     chosen: list[Site],
     methods: list[Method],
     by_site: list[SiteFigures],
@@ -122,38 +124,39 @@ def _forecast(
     meter: Meter,
 ) -> ForecastFigures | None:
     """Foretells plans from the errors of their layers and from how much the model minds each of
-    them, some layers at a time, and runs a plan of mixed budgets to see.
+    them alone, and runs a plan of mixed budgets to see.
     """
     model, sites = checkpoint.model, [s for s in chosen if any(s.name == r.site for r in by_site)]
     if len(sites) < 2:
         return None
-    errors = {(row.site, row.budget): row.error for row in by_site}
-    middle = methods[len(methods) // 2]
+    squares = {(row.site, row.budget): row.square for row in by_site}
+    middle, first = methods[len(methods) // 2], judge.of_first()
     sensitivities = []
-    for group in grouped(sites, -(-len(sites) // _GROUPS)):
-        meter.stage(f"approximating {group[0].name} and neighbours alone")
+    for group in grouped(sites, -(-len(sites) // _MOST_ALONE)):
+        meter.stage(f"approximating {group[0].name} alone")
         with patched(model, Plan.uniform(group, middle)):
             harm = first.judge().harm
         names = tuple(site.name for site in group)
         sensitivities.append(Sensitivity(names, middle.budget, harm))
+        meter.step()
     low, high = methods[0], methods[-1]
     plan = dict(Plan.uniform(sites[::2], low).sites)
-    mixed = {name: errors[name, low.budget] for name in plan}
+    mixed = {name: squares[name, low.budget] for name in plan}
     words = f"budget {low.budget:g} at every other site"
     if high is not low:
         others = Plan.uniform(sites[1::2], high).sites
-        mixed |= {name: errors[name, high.budget] for name in others}
+        mixed |= {name: squares[name, high.budget] for name in others}
         plan |= others
         words += f", {high.budget:g} at the rest"
     meter.stage("running a plan of mixed budgets")
     with patched(model, Plan(plan)):
         damage = judge.judge()
     by_method = {
-        m.budget: {site.name: errors[site.name, m.budget] for site in sites} for m in methods
+        m.budget: {site.name: squares[site.name, m.budget] for site in sites} for m in methods
     }
     damages = {figures.budget: figures.damage for figures in by_budget}
     return checked_forecast(
-        minded(sensitivities, errors), by_method, damages, (words, mixed, damage)
+        minded(sensitivities, squares), by_method, damages, (words, mixed, damage)
     )
 
 

@@ -2,8 +2,8 @@
 
 Errors of different layers behave like independent noise: what the model's output loses (KL, 1
 minus the cosine, the square of its change) is nearly a sum over layers of their squared errors,
-each times how much the model minds that layer. Where the sum is large it stops being one, so a
-power of it is fitted where two joint runs or more are known.
+each times how much the model minds that layer, which a run with that layer alone approximated
+tells. Where the sum is large it stops being one, so a power of it is fitted through joint runs.
 """
 
 from __future__ import annotations
@@ -69,29 +69,28 @@ def grouped(items: Sequence[T], size: int) -> list[list[T]]:
 
 
 def minded(
-    sensitivities: Sequence[Sensitivity], errors: Mapping[tuple[str, float], float]
+    sensitivities: Sequence[Sensitivity], squares: Mapping[tuple[str, float], float]
 ) -> dict[str, float]:
     """Harm per squared error, by site; those measured together share it.
 
     Args:
-        errors: Relative output error by site and budget.
+        squares: `SiteFigures.square` by site and budget.
     """
-    found = {}
+    found: dict[str, float] = {}
     for group in sensitivities:
-        squares = [errors.get((site, group.budget), 0.0) ** 2 for site in group.sites]
-        for site in group.sites:
-            found[site] = group.harm / max(sum(squares), 1e-12)
+        together = sum(squares[site, group.budget] for site in group.sites)
+        found |= dict.fromkeys(group.sites, group.harm / max(together, 1e-12))
     return found
 
 
-def energy(errors: Mapping[str, float], minds: Mapping[str, float]) -> float:
-    """Sum of squared relative errors over sites, each times how much the model minds that site.
+def energy(squares: Mapping[str, float], minds: Mapping[str, float]) -> float:
+    """Sum of squared errors over sites, each times how much the model minds that site.
 
     Args:
-        errors: Relative output error by site; sites that stay exact have none.
+        squares: `SiteFigures.square` by site; sites that stay exact have none.
         minds: Harm per squared error, by site.
     """
-    return sum(minds[site] * error * error for site, error in errors.items())
+    return sum(minds[site] * square for site, square in squares.items())
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,13 @@ class ForecastFigures:
     exponent: float
     checks: tuple[ForecastCheck, ...]
 
-    def of(self, errors: Mapping[str, float]) -> float:
+    def of(self, squares: Mapping[str, float]) -> float:
         """The figure foretold for a plan.
 
         Args:
-            errors: Relative output error by approximated site, as `SiteFigures` say for budgets.
+            squares: `SiteFigures.square` by approximated site, at the plan's budgets.
         """
-        return Forecast(self.factor, self.exponent).harm(energy(errors, self.minds))
+        return Forecast(self.factor, self.exponent).harm(energy(squares, self.minds))
 
 
 def foretold_figure(damages: Sequence[Damage]) -> tuple[str, list[float]]:
@@ -151,7 +150,7 @@ def foretold_figure(damages: Sequence[Damage]) -> tuple[str, list[float]]:
 
 def checked_forecast(
     minds: Mapping[str, float],
-    errors: Mapping[float, Mapping[str, float]],
+    squares: Mapping[float, Mapping[str, float]],
     damages: Mapping[float, Damage],
     mixed: tuple[str, Mapping[str, float], Damage] | None,
 ) -> ForecastFigures:
@@ -161,14 +160,14 @@ def checked_forecast(
 
     Args:
         minds: Harm per squared error, by site.
-        errors: By budget, the error of each site.
+        squares: By budget, `SiteFigures.square` of each site.
         damages: By budget, of all sites together.
-        mixed: A plan in words, the errors of its sites, and its damage.
+        mixed: A plan in words, the squares of its sites, and its damage.
     """
     runs = [*damages.values()] + ([mixed[2]] if mixed else [])
     figure, values = foretold_figure(runs)
     points = {
-        budget: (energy(errors[budget], minds), value)
+        budget: (energy(squares[budget], minds), value)
         for budget, value in zip(damages, values, strict=False)
     }
     checks = []
@@ -179,6 +178,6 @@ def checked_forecast(
         checks.append(ForecastCheck(f"budget {budget:g}, from the others", foretold, value))
     fitted = Forecast.fitted(list(points.values()))
     if mixed is not None:
-        words, mixed_errors, _ = mixed
-        checks.append(ForecastCheck(words, fitted.harm(energy(mixed_errors, minds)), values[-1]))
+        words, mixed_squares, _ = mixed
+        checks.append(ForecastCheck(words, fitted.harm(energy(mixed_squares, minds)), values[-1]))
     return ForecastFigures(figure, dict(minds), fitted.factor, fitted.exponent, tuple(checks))

@@ -108,6 +108,11 @@ class SiteFigures:
     method_bytes: int
     legal_entries: int = 0
 
+    @property
+    def square(self) -> float:
+        """Squared relative output error, mean over heads; forecasts are made of these."""
+        return sum(error * error for error in self.error_by_head) / len(self.error_by_head)
+
 
 @dataclass(frozen=True)
 class TextFigures:

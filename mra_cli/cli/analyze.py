@@ -36,6 +36,13 @@ def analyze(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 4,
     text: TextsOption = None,
     task: TaskOption = None,
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast/--no-forecast",
+            help="Run each layer alone, too, and foretell what plans of mixed budgets do.",
+        ),
+    ] = True,
     layers: LayersOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
@@ -85,6 +92,7 @@ def analyze(
             budgets,
             layers=layers,
             tasks=tasks,
+            forecast=forecast,
             seed=seed,
             progress=progress,
         )

@@ -161,6 +161,11 @@ def _context(checkpoint: Checkpoint, hay: list[int], length: int, chance: random
         tail += tokens(_QUESTION.format(word=word))
         answer = tokens(f" {numbers[word]}")
         is_digit = [_has_digit(tokenizer.decode([token])) for token in answer]
+        if not any(is_digit):
+            raise InputError(
+                f"the task needles is for tokenizers that can spell numbers; that of "
+                f"{checkpoint.name} has no digits; leave it out"
+            )
         places.append([len(tail) + i for i, yes in enumerate(is_digit) if yes])
         tail += answer
     before, _ = special_tokens(tokenizer)

@@ -11,7 +11,7 @@ _FORECASTS = 4
 """Trials whose place the forecast says; later ones halve what is left."""
 
 _CLOSE = 0.01
-"""Density, or share of the latency, that is not worth another run."""
+"""Share of the cost of exact attention that is not worth another run."""
 
 
 def choose(bench: Workbench) -> int | None:
@@ -25,14 +25,22 @@ def choose(bench: Workbench) -> int | None:
     if not bench.setup.harm_targets:
         return _densest(bench)
     place = _cheapest_on_calibration(bench)
+    fails, passes = -1, None
     for _ in range(_MOST_REPAIRS):
         if place is None:
-            return None
+            break
         trial = bench.run(place, held_out=True)
         if trial.holds:
-            return place
-        place = _tighter(bench, trial)
-    return None
+            passes = place
+        else:
+            fails = place
+        if passes is None:
+            place = _tighter(bench, trial)
+            continue
+        if fails < 0 or passes - fails <= 1 or _gap(bench, fails, passes) < _CLOSE:
+            break
+        place = (fails + passes) // 2
+    return passes
 
 
 def _densest(bench: Workbench) -> int | None:
@@ -57,13 +65,12 @@ def _cheapest_on_calibration(bench: Workbench) -> int | None:
     """
     points = bench.points
     fails, passes = -1, len(points) - 1
-    whole = points[-1].cost(bench.setup.saves)
     place = passes // 2
     for number in range(_MOST_TRIALS):
         trial = bench.run(place, held_out=False)
         fails, passes = (fails, place) if trial.holds else (place, passes)
-        gap = points[passes].cost(bench.setup.saves) - points[max(fails, 0)].cost(bench.setup.saves)
-        if passes - fails <= 1 or (passes < len(points) - 1 and gap < _CLOSE * whole):
+        close = passes < len(points) - 1 and _gap(bench, max(fails, 0), passes) < _CLOSE
+        if passes - fails <= 1 or close:
             break
         halfway = (fails + passes) // 2
         place = _first_below(bench, _allowed(bench, trial)) if number < _FORECASTS else halfway
@@ -83,6 +90,13 @@ def _tighter(bench: Workbench, trial: Trial) -> int | None:
     allowed = _allowed(bench, trial) * foretold / max(trial.damage.harm, 1e-12)
     place = max(trial.point + 1, _first_below(bench, 0.95 * allowed))
     return place if place < len(bench.points) - 1 else None
+
+
+def _gap(bench: Workbench, first: int, second: int) -> float:
+    """How much more the second point costs, as a share of what exact attention costs."""
+    kind = bench.setup.saves
+    first_cost, second_cost, exact = (bench.points[k].cost(kind) for k in (first, second, -1))
+    return (second_cost - first_cost) / exact
 
 
 def _allowed(bench: Workbench, trial: Trial) -> float:

@@ -54,7 +54,7 @@ def options(
         ways = [
             Option(
                 row.budget,
-                minds[site.name] * row.error**2,
+                minds[site.name] * row.square,
                 share * row.density,
                 row.method_ms * site.calls,
             )

@@ -121,7 +121,8 @@ class SearchReport:
     @property
     def verified(self) -> Trial | None:
         """The run on held-out inputs that the plan passed."""
-        return self.trials[-1] if self.chosen is not None else None
+        passed = [t for t in self.trials if t.held_out and t.holds and t.point == self.chosen]
+        return passed[-1] if passed else None
 
     def to_json(self) -> str:
         """JSON text; `from_json` reads it back."""

@@ -64,7 +64,8 @@ def search(
     speeds, shortest, words = [], 0, ""
     worked, uniform = [], None
     if place is not None:
-        uniform = bench.uniform(bench.trials[-1][1].density)
+        verified = next(t for _, t in bench.trials if t.held_out and t.holds and t.point == place)
+        uniform = bench.uniform(verified.density)
         speeds = bench.speeds(points[place])
         shortest, words = break_even(speeds)
         plan = bench.plan(points[place]).with_min_length(shortest)
@@ -116,9 +117,10 @@ def _answer(bench: Workbench, place: int | None) -> str:
     wanted = " and ".join(target.words() for target in setup.targets)
     held_out = [trial for _, trial in bench.trials if trial.held_out]
     if place is not None:
+        density = next(t.density for t in held_out if t.holds and t.point == place)
         left = sum(budget == 1.0 for budget in points[place].budgets)
         return (
-            f"A plan keeps {wanted} on held-out inputs, with {100 * held_out[-1].density:.1f} % of "
+            f"A plan keeps {wanted} on held-out inputs, with {100 * density:.1f} % of "
             f"the scores computed exactly; {left or 'none'} of {len(bench.sites)} sites "
             f"{'stays' if left == 1 else 'stay'} exact."
         )

@@ -141,8 +141,8 @@ class Workbench:
     @cached_property
     def points(self) -> list[Point]:
         """The frontier, from the cheapest plan to the most expensive."""
-        errors = {(row.site, row.budget): row.error for row in self.by_site}
-        minds = minded(self.sensitivities, errors)
+        squares = {(row.site, row.budget): row.square for row in self.by_site}
+        minds = minded(self.sensitivities, squares)
         return frontier(options(self.sites, self.by_site, minds), self.setup.saves)
 
     def plan(self, point: Point) -> Plan:
