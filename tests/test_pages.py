@@ -28,7 +28,7 @@ def reports():
     model = next(a for a in ARCHITECTURES if a.name == "dinov2").build()
     checkpoint = Checkpoint(HOSTILE, model, None, None, "none")
     sides = [make_samples(checkpoint, count=2, seed=seed) for seed in (0, 1)]
-    method = make_method("mra", 0.25, {"resolutions": (8, 4, 1)})
+    method = make_method("mra", 0.25)
     analysis = analyze(checkpoint, sides[0], method, [0.25, 0.5])
     setup = SearchSetup(method, (Target("min-cosine", 0.5),), budgets=(0.25, 0.5))
     return analysis, search(checkpoint, *sides, setup)

@@ -75,7 +75,7 @@ def _sites(report: SearchReport) -> Table:
     harm = {s: (g.harm, len(g.sites)) for g in report.sensitivities for s in g.sites}
     for number, (site, kind) in enumerate(zip(report.names, report.kinds, strict=True)):
         value, together = harm[site]
-        plan = "" if chosen is None else "exact" if chosen[number] == 1 else f"{chosen[number]:g}"
+        plan = "" if chosen is None else "exact" if chosen[number] == 1 else f"{chosen[number]:.3g}"
         table.add_row(
             str(number),
             escape(site),

@@ -63,6 +63,10 @@ def search(
     save: Annotated[
         str, typer.Option("--save", help="What to make small: density or latency.")
     ] = "density",
+    per_site: Annotated[
+        bool,
+        typer.Option("--per-site", help="One budget for all heads of a site."),
+    ] = False,
     seq_len: SeqLenOption = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Windows of each text, on either side.")
@@ -154,6 +158,7 @@ def search(
         budgets=budgets or BUDGETS,
         saves=save,
         layers=layers,
+        per_site=per_site,
         time_limit_s=limit,
         seed=seed,
     )

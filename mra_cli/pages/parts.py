@@ -22,12 +22,16 @@ def layer_maps(
     Args:
         names: The sites, in order.
         by_site: Their figures.
-        chosen: The budget that a plan gives each site, to be marked.
+        chosen: The budget that a plan gives each site, mean over heads, to be marked.
     """
     found = {(row.site, row.budget): row for row in by_site}
     budgets = sorted({budget for _, budget in found})
     rows = [name for name in names if any((name, budget) in found for budget in budgets)]
-    marks = dict(zip(names, chosen, strict=True)) if chosen is not None else {}
+    marks = {
+        name: min(budgets, key=lambda tried: abs(tried - budget))
+        for name, budget in zip(names, chosen or (), strict=chosen is not None)
+        if budget < 1.0
+    }
 
     def grid(show: Callable[[SiteFigures], str], share: Callable[[SiteFigures], float]) -> Html:
         cells = (
@@ -44,7 +48,9 @@ def layer_maps(
         )
         caption = "Columns: budget, the share of the scores that may be computed exactly."
         if marks:
-            caption += " Framed: what the plan takes; no frame: the site stays exact."
+            caption += (
+                " Framed: the nearest to what the plan takes; no frame: the site stays exact."
+            )
         return table(["site", *(f"{budget:g}" for budget in budgets)], cells, caption=caption)
 
     views = {

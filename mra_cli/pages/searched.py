@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from mra_cli.pages.charts import Series, chart
 from mra_cli.pages.elements import Html, heat, page, section, table, tag
@@ -26,6 +26,8 @@ def search_page(report: SearchReport) -> str:
     if report.tasks:
         parts.append(task_table([("plan", report.tasks)]))
     parts.append(_plan(report, chosen))
+    if report.plan is not None:
+        parts.append(_heads(report.plan))
     if report.speeds:
         parts.append(_speeds(report))
     budgets = None if chosen is None else chosen.budgets
@@ -129,12 +131,28 @@ def _plan(report: SearchReport, chosen: PlanPoint | None) -> Html:
         cells = [name, kind, heat(f"{group.harm:.2e}{shared}", group.harm / most)]
         if chosen is not None:
             budget = chosen.budgets[number]
-            cells.append("exact" if budget == 1.0 else f"{budget:g}")
+            cells.append("exact" if budget == 1.0 else f"{budget:.3g}")
         rows.append(cells)
     budget = report.sensitivities[0].budget
     head = ["site", "kind", f"harm alone, at {budget:g}", *(["plan"] if chosen else [])]
     caption = "What approximating one site alone does to the model, and what the plan gives it."
     return section("Sites", table(head, rows, caption=caption))
+
+
+def _heads(plan: dict[str, Any]) -> Html:
+    """What each head gets, if heads of a site differ."""
+    given = {name: site.get("head_budgets") for name, site in plan["sites"].items()}
+    most = max((len(budgets) for budgets in given.values() if budgets), default=0)
+    rows = [
+        (name, *(heat(f"{budget:g}", budget) for budget in budgets))
+        for name, site in plan["sites"].items()
+        for budgets in [given[name] or [site["budget"]] * most]
+    ]
+    if most == 0:
+        return Html("")
+    head = ["site", *(str(number) for number in range(most))]
+    caption = "Columns: heads. Share of the scores computed exactly; 1: all of them."
+    return section("Budgets of the heads", table(head, rows, caption=caption, class_="heads"))
 
 
 def _speeds(report: SearchReport) -> Html:

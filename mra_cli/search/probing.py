@@ -15,6 +15,7 @@ from mra_cli.bench.scaling import fitted_break_even, measured_break_even
 from mra_cli.calls import AttentionCall
 from mra_cli.evaluate import Damage, Judge
 from mra_cli.measure import paired_latency_ms
+from mra_cli.methods import Method
 from mra_cli.patching import Setting, answer, intercepted
 from mra_cli.plan import Plan, SitePlan
 from mra_cli.report import SiteFigures
@@ -41,28 +42,48 @@ def averaged(passes: Sequence[Sequence[SiteFigures]]) -> list[SiteFigures]:
 
 
 def options(
-    sites: Sequence[Site], by_site: Sequence[SiteFigures], minds: dict[str, float]
+    sites: Sequence[Site],
+    by_site: Sequence[SiteFigures],
+    minds: dict[str, float],
+    *,
+    by_head: bool,
 ) -> list[list[Option]]:
-    """The ways to treat each site, exact among them, and what each adds to a plan."""
+    """The ways to treat each site, or each of its heads, exact among them, and what each adds to a
+    plan. Heads share the harm of their site by their squared errors, and the rest evenly.
+    """
     legal = {row.site: row.legal_entries for row in by_site}
     total = sum(legal[site.name] for site in sites)
     found = []
     for site in sites:
-        rows = [row for row in by_site if row.site == site.name]
-        share = legal[site.name] / total
-        exact_ms = sum(row.exact_ms for row in rows) / len(rows) * site.calls
-        ways = [
-            Option(
-                row.budget,
-                minds[site.name] * row.square,
-                share * row.density,
-                row.method_ms * site.calls,
-            )
-            for row in rows
-            if row.budget < 1.0
-        ]
-        found.append([*ways, Option(1.0, 0.0, share, exact_ms)])
+        rows = [row for row in by_site if row.site == site.name and row.budget < 1.0]
+        exact_ms = sum(row.exact_ms for row in rows) / len(rows)
+        if by_head:  # an exact head among others is computed as they are
+            exact_ms = max(exact_ms, *(row.method_ms for row in rows))
+        parts = len(rows[0].error_by_head) if by_head else 1
+        share, mind, calls = legal[site.name] / total / parts, minds[site.name], site.calls / parts
+        for part in range(parts):
+            ways = [
+                Option(
+                    row.budget,
+                    mind * (row.error_by_head[part] ** 2 / parts if by_head else row.square),
+                    share * row.density,
+                    row.method_ms * calls,
+                )
+                for row in rows
+            ]
+            found.append([*ways, Option(1.0, 0.0, share, exact_ms * calls)])
     return found
+
+
+def site_plan(method: Method, site: Site, budgets: Sequence[float]) -> SitePlan | None:
+    """A site under the budgets of its heads, or under the one of them all; None: exact."""
+    mean = sum(budgets) / len(budgets)
+    if min(budgets) == 1.0:
+        return None
+    made = method.with_budget(budgets[0] if len(set(budgets)) == 1 else mean)
+    if len(set(budgets)) > 1:
+        made = made.with_settings({"head_budgets": tuple(budgets)})
+    return SitePlan(made.at(site.name), site.is_cross, site.grid)
 
 
 @torch.no_grad()

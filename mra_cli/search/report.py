@@ -22,7 +22,7 @@ class PlanPoint:
     """One plan of the frontier.
 
     Attributes:
-        budgets: By site, in the order of `SearchReport.names`; 1: exact.
+        budgets: By site, mean over heads, in the order of `SearchReport.names`; 1: exact.
         density: Share of the scores computed exactly, all sites together, on calibration text.
         harm: Foretold harm, see `Damage.harm`.
         ms: Foretold latency of all attention calls of one sample: the sum of what each took alone.

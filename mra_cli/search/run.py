@@ -85,7 +85,12 @@ def search(
         by_site=tuple(bench.by_site),
         sensitivities=tuple(bench.sensitivities),
         frontier=tuple(
-            PlanPoint(point.budgets, point.density, bench.forecast.harm(point.harm), point.ms)
+            PlanPoint(
+                tuple(sum(heads) / len(heads) for heads in bench.budgets(point)),
+                point.density,
+                bench.forecast.harm(point.harm),
+                point.ms,
+            )
             for point in (points[k] for k in kept)
         ),
         exact_ms=sum(exact_ms[site.name] * site.calls for site in bench.sites),
@@ -118,7 +123,7 @@ def _answer(bench: Workbench, place: int | None) -> str:
     held_out = [trial for _, trial in bench.trials if trial.held_out]
     if place is not None:
         density = next(t.density for t in held_out if t.holds and t.point == place)
-        left = sum(budget == 1.0 for budget in points[place].budgets)
+        left = sum(min(heads) == 1.0 for heads in bench.budgets(points[place]))
         return (
             f"A plan keeps {wanted} on held-out inputs, with {100 * density:.1f} % of "
             f"the scores computed exactly; {left or 'none'} of {len(bench.sites)} sites "

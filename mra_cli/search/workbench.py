@@ -6,6 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mra_cli.inputs import Samples, probe
 from mra_cli.layers import measure_layers
 from mra_cli.methods import Method, fitting_sites
 from mra_cli.patching import patched
-from mra_cli.plan import Plan, SitePlan
+from mra_cli.plan import Plan
 from mra_cli.progress import Meter, Progress
 from mra_cli.report import SiteFigures, site_figures
 from mra_cli.search.frontier import Point, frontier
@@ -30,6 +31,7 @@ from mra_cli.search.probing import (
     averaged,
     joint_run,
     options,
+    site_plan,
     speeds_by_length,
 )
 from mra_cli.search.report import LengthSpeed, Trial
@@ -56,6 +58,7 @@ class SearchSetup:
         budgets: Tried at each site.
         saves: What is made small: ``density`` or ``latency``.
         layers: Which sites, see `choose_sites`; None: all that can be patched.
+        per_site: All heads of a site get the same, even if the method can tell them apart.
         time_limit_s: When to stop; None: when done.
         seed: What the samples were made with.
     """
@@ -65,8 +68,14 @@ class SearchSetup:
     budgets: tuple[float, ...] = BUDGETS
     saves: str = "density"
     layers: str | None = None
+    per_site: bool = False
     time_limit_s: float | None = None
     seed: int = 0
+
+    @property
+    def by_head(self) -> bool:
+        """Heads get budgets of their own."""
+        return not self.per_site and "head_budgets" in self.method.knobs
 
     @property
     def harm_targets(self) -> tuple[Target, ...]:
@@ -143,20 +152,20 @@ class Workbench:
         """The frontier, from the cheapest plan to the most expensive."""
         squares = {(row.site, row.budget): row.square for row in self.by_site}
         minds = minded(self.sensitivities, squares)
-        return frontier(options(self.sites, self.by_site, minds), self.setup.saves)
+        ways = options(self.sites, self.by_site, minds, by_head=self.setup.by_head)
+        return frontier(ways, self.setup.saves)
 
     def plan(self, point: Point) -> Plan:
         """A point of the frontier, as a plan."""
-        pairs = zip(self.sites, point.budgets, strict=True)
-        return Plan(
-            {
-                site.name: SitePlan(
-                    self.setup.method.with_budget(budget).at(site.name), site.is_cross, site.grid
-                )
-                for site, budget in pairs
-                if budget < 1.0
-            }
-        )
+        pairs = zip(self.sites, self.budgets(point), strict=True)
+        made = {site.name: site_plan(self.setup.method, site, heads) for site, heads in pairs}
+        return Plan({name: entry for name, entry in made.items() if entry is not None})
+
+    def budgets(self, point: Point) -> list[tuple[float, ...]]:
+        """A point's budgets, of all heads of each site, or of the site alone."""
+        sizes = [site.heads if self.setup.by_head else 1 for site in self.sites]
+        ends = list(accumulate(sizes))
+        return [point.budgets[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def run(self, place: int, *, held_out: bool) -> Trial:
         """A joint run of a point; the forecast learns from those on the calibration's inputs.
