@@ -55,6 +55,7 @@ def test_nothing_to_hold(search):
         ("--time-limit", "soon", "like 90s, 10m or 2h"),
         ("--time-limit", "-5s", "like 90s, 10m or 2h"),
         ("--budget", "2", r"fraction in \(0, 1\]"),
+        ("--budget", "1", "one must be under 1"),
     ],
 )
 def test_values_out_of_range(search, option, value, says):

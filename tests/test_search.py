@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from cli_support import python
 from mra_cli.errors import InputError
 from mra_cli.evaluate import Damage
 from mra_cli.methods import make_method
@@ -242,3 +246,24 @@ def test_a_plan_goes_all_the_way(cli, minilm, tmp_path):
     ran = cli("search", "demo:minilm", "--min-cosine", "0.999999", *options)
     assert ran.code == 1 and "Error: No plan keeps" in ran.err
     assert "plan.json" in ran.out + ran.err
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_plan(tmp_path):
+    script = Path(__file__).with_name("kill_search.py")
+
+    def run(name: str, lives: int) -> subprocess.CompletedProcess[str]:
+        arguments = python(script, tmp_path / name, lives)
+        return subprocess.run(**arguments, capture_output=True, text=True, check=False)
+
+    whole = run("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    codes = []
+    while not codes or (codes[-1] == -signal.SIGKILL and len(codes) < 20):
+        ran = run("killed", 3)
+        codes.append(ran.returncode)
+        assert {p.name for p in tmp_path.iterdir()} <= {"whole", "killed"}
+    assert codes[-1] == 0 and len(codes) > 2, (codes, ran.stderr)
+    plans = (json.loads(done.stdout)["sites"] for done in (whole, ran))
+    first, second = ({n: {**site, "min_length": 0} for n, site in p.items()} for p in plans)
+    assert first == second, "but for break-even, which is a matter of time"

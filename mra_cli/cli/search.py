@@ -135,7 +135,11 @@ def search(
     if save not in ("density", "latency"):
         raise typer.BadParameter(f"density or latency, got {save!r}", param_hint="--save")
     limit = parse_seconds(time_limit) if time_limit is not None else None
-    budgets = tuple(parse_budgets(budget)) if budget is not None else None
+    budgets = tuple(b for b in parse_budgets(budget) if b < 1.0) if budget is not None else None
+    if budgets == ():
+        raise typer.BadParameter(
+            "one must be under 1; exact is tried anyway", param_hint="--budget"
+        )
     chosen = parse_settings(settings or [])
     state = state or out.with_name(f"{out.name}.state")
     files = {"--json": json, "--plot": plot, "--html": html}
@@ -189,7 +193,10 @@ def search(
     ]
     output.compiled()
     with output.progress() as progress:
-        report = run(checkpoint, *sides, setup, tasks=tasks, state=state, progress=progress)
+        try:
+            report = run(checkpoint, *sides, setup, tasks=tasks, state=state, progress=progress)
+        except KeyboardInterrupt:
+            raise SearchError(f"interrupted; the same command goes on from {state}") from None
     output.search(report, plan=str(out), plot=plot, html=html)
     if report.plan is None:
         raise SearchError(report.answer + f" What was measured is in {state}.")

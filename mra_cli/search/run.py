@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mra_cli.checkpoint import Checkpoint
+from mra_cli.errors import InputError
 from mra_cli.evaluate import Task, TaskFigures
 from mra_cli.inputs import Samples
 from mra_cli.methods import check_model
@@ -53,10 +54,15 @@ def search(
 
     Raises:
         UnsupportedModelError: No site can be patched.
-        InputError: The inputs are too short, a target does not fit the model, ``state`` is
-            another search's, or time is up before a plan was verified.
+        InputError: The method computes no scores, the inputs are too short, a target does not fit
+            the model, ``state`` is another search's, or time is up before a plan was verified.
     """
     check_model(setup.method, checkpoint.fingerprint)
+    if setup.method.about.budgets != "scores":
+        raise InputError(
+            f"search needs a method whose budget is a share of the scores, and {setup.method.name} "
+            "computes none exactly; use mra"
+        )
     progress("finding attention sites", 0, 1)
     bench = Workbench(checkpoint, calibration, held_out, setup, state, progress)
     place = choose(bench)
