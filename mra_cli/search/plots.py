@@ -41,7 +41,7 @@ def draw(report: SearchReport, kind: str) -> bytes:
             ha="right",
             va="top",
         )
-        left.set_ylabel("harm (KL, 1 - cosine, or squared change)")
+        left.set_ylabel(report.trials[0].damage.harm_words if report.trials else "harm")
         left.legend(frameon=False, fontsize=8.5)
         origin = report.provenance
         wanted = " and ".join(target.words() for target in report.targets)
@@ -56,7 +56,9 @@ def draw(report: SearchReport, kind: str) -> bytes:
 def _panel(axes: Any, report: SearchReport, of: str) -> None:
     points = [point for point in report.frontier if point.harm > 0]
     xs = [getattr(point, of) for point in points]
-    axes.plot(xs, [p.harm for p in points], color="#0072b2", linewidth=1.5, label="foretold")
+    joined = report.saves == {"density": "density", "ms": "latency"}[of]  # in order, then
+    style = {"linestyle": "-"} if joined else {"linestyle": "", "marker": "o", "markersize": 3}
+    axes.plot(xs, [p.harm for p in points], color="#0072b2", label="foretold", **style)
     styles = (
         (False, {"color": "#d55e00", "marker": "^"}, "measured, inputs of the search"),
         (True, {"color": "#009e73", "marker": "s"}, "measured, held-out inputs"),
