@@ -244,7 +244,7 @@ def test_a_plan_goes_all_the_way(cli, minilm, tmp_path):
     written = Plan.from_dict(json.loads((target / "mra_plan.json").read_text()))
     assert written == read_plan(plan, None)
     ran = cli("search", "demo:minilm", "--min-cosine", "0.999999", *options)
-    assert ran.code == 1 and "Error: No plan keeps" in ran.err
+    assert ran.code == 1 and "Error: No plan that saves" in ran.err
     assert "plan.json" in ran.out + ran.err
 
 

@@ -14,14 +14,18 @@ _CLOSE = 0.01
 """Share of the cost of exact attention that is not worth another run."""
 
 
+LEAST_SAVED = 0.05
+"""Share of the cost of exact attention that a plan has to save to be one."""
+
+
 def choose(bench: Workbench) -> int | None:
     """Place of the cheapest point that holds on the held-out inputs; None: none does.
 
     Raises:
         InputError: Time is up.
     """
-    if len(bench.points) < 2:
-        return None  # nothing is cheaper than exact
+    if worth_running(bench) == 0:
+        return None
     if not bench.setup.harm_targets:
         return _densest(bench)
     place = _cheapest_on_calibration(bench)
@@ -61,21 +65,21 @@ def _densest(bench: Workbench) -> int | None:
 
 def _cheapest_on_calibration(bench: Workbench) -> int | None:
     """The cheapest point that keeps the calibration's inputs: where the forecast, better after each
-    run, puts the limit; then halving what lies between. The last point is all exact, and no plan.
+    run, puts the limit; then halving what lies between.
     """
-    points = bench.points
-    fails, passes = -1, len(points) - 1
+    worth = worth_running(bench)
+    fails, passes = -1, worth
     place = passes // 2
     for number in range(_MOST_TRIALS):
         trial = bench.run(place, held_out=False)
         fails, passes = (fails, place) if trial.holds else (place, passes)
-        close = passes < len(points) - 1 and _gap(bench, max(fails, 0), passes) < _CLOSE
+        close = passes < worth and _gap(bench, max(fails, 0), passes) < _CLOSE
         if passes - fails <= 1 or close:
             break
         halfway = (fails + passes) // 2
         place = _first_below(bench, _allowed(bench, trial)) if number < _FORECASTS else halfway
         place = min(max(place, fails + 1), passes - 1)
-    return passes if passes < len(points) - 1 else None
+    return passes if passes < worth else None
 
 
 def _tighter(bench: Workbench, trial: Trial) -> int | None:
@@ -89,14 +93,19 @@ def _tighter(bench: Workbench, trial: Trial) -> int | None:
     foretold = bench.forecast.harm(bench.points[trial.point].harm)
     allowed = _allowed(bench, trial) * foretold / max(trial.damage.harm, 1e-12)
     place = max(trial.point + 1, _first_below(bench, 0.95 * allowed))
-    return place if place < len(bench.points) - 1 else None
+    return place if place < worth_running(bench) else None
+
+
+def worth_running(bench: Workbench) -> int:
+    """How many points, from the cheapest on, save enough to be plans."""
+    most = (1.0 - LEAST_SAVED) * bench.exact_cost
+    return sum(point.cost(bench.setup.saves) <= most for point in bench.points[:-1])
 
 
 def _gap(bench: Workbench, first: int, second: int) -> float:
     """How much more the second point costs, as a share of what exact attention costs."""
     kind = bench.setup.saves
-    first_cost, second_cost, exact = (bench.points[k].cost(kind) for k in (first, second, -1))
-    return (second_cost - first_cost) / exact
+    return (bench.points[second].cost(kind) - bench.points[first].cost(kind)) / bench.exact_cost
 
 
 def _allowed(bench: Workbench, trial: Trial) -> float:

@@ -18,7 +18,7 @@ from mra_cli.patching import patched
 from mra_cli.plan import Plan
 from mra_cli.progress import Progress
 from mra_cli.report import Provenance
-from mra_cli.search.choosing import choose
+from mra_cli.search.choosing import LEAST_SAVED, choose, worth_running
 from mra_cli.search.frontier import thinned
 from mra_cli.search.probing import break_even
 from mra_cli.search.report import PlanPoint, SearchReport
@@ -77,7 +77,6 @@ def search(
         plan = bench.plan(points[place]).with_min_length(shortest)
         worked = [_at_work(bench, task, plan) for task in tasks]
     kept = thinned(len(points), _POINTS_KEPT, {trial.point for _, trial in bench.trials})
-    exact_ms = {row.site: row.exact_ms for row in bench.by_site}
     return SearchReport(
         provenance=Provenance.collect(checkpoint, calibration, setup.seed),
         held_out=held_out.source,
@@ -99,7 +98,7 @@ def search(
             )
             for point in (points[k] for k in kept)
         ),
-        exact_ms=sum(exact_ms[site.name] * site.calls for site in bench.sites),
+        exact_ms=bench.exact_ms,
         trials=tuple(
             dataclasses.replace(trial, point=kept.index(trial.point)) for _, trial in bench.trials
         ),
@@ -135,9 +134,13 @@ def _answer(bench: Workbench, place: int | None) -> str:
             f"the scores computed exactly; {left or 'none'} of {len(bench.sites)} sites "
             f"{'stays' if left == 1 else 'stay'} exact."
         )
-    if len(points) < 2:
-        return f"No plan: nothing that was tried has less {setup.saves} than exact attention."
+    saves = f"{LEAST_SAVED:.0%} of the {setup.saves} of exact attention"
+    if worth_running(bench) == 0:
+        return f"No plan: nothing that was tried saves {saves}."
     if not setup.harm_targets and not held_out:
         return f"No plan keeps {wanted}: the budgets tried reach {points[0].density:.3f} at best."
     where = "held-out inputs" if held_out else "the calibration's own inputs"
-    return f"No plan keeps {wanted} on {where}; {len(bench.trials)} joint runs were made."
+    return (
+        f"No plan that saves {saves} keeps {wanted} on {where}; {len(bench.trials)} joint runs "
+        "were made."
+    )

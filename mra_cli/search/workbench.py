@@ -155,6 +155,17 @@ class Workbench:
         ways = options(self.sites, self.by_site, minds, by_head=self.setup.by_head)
         return frontier(ways, self.setup.saves)
 
+    @property
+    def exact_ms(self) -> float:
+        """Latency of all attention calls of one sample, exact."""
+        each = {row.site: row.exact_ms for row in self.by_site}
+        return sum(each[site.name] * site.calls for site in self.sites)
+
+    @property
+    def exact_cost(self) -> float:
+        """What exact attention costs: all of the density, or its latency."""
+        return self.exact_ms if self.setup.saves == "latency" else 1.0
+
     def plan(self, point: Point) -> Plan:
         """A point of the frontier, as a plan."""
         pairs = zip(self.sites, self.budgets(point), strict=True)
