@@ -49,17 +49,18 @@ def choose(bench: Workbench) -> int | None:
 
 def _densest(bench: Workbench) -> int | None:
     """The least harmful point that is no denser than wanted."""
-    most = min(target.value for target in bench.setup.targets)
-    fitting = [place for place, point in enumerate(bench.points) if point.density <= most]
-    place = max(fitting, default=-1)
-    if place >= 0:
-        bench.run(place, held_out=False)  # teaches the forecast
-    for _ in range(_MOST_REPAIRS):  # masks of other inputs can demand more
-        if place < 0:
+    wanted = allowed = min(target.value for target in bench.setup.targets)
+    for number in range(_MOST_REPAIRS):
+        fitting = [place for place, point in enumerate(bench.points) if point.density <= allowed]
+        if not fitting:
             return None
-        if bench.run(place, held_out=True).holds:
+        place = max(fitting)
+        if number == 0:
+            bench.run(place, held_out=False)  # teaches the forecast
+        trial = bench.run(place, held_out=True)
+        if trial.holds:
             return place
-        place -= 1
+        allowed = 0.999 * bench.points[place].density * wanted / trial.density  # others need more
     return None
 
 
