@@ -94,7 +94,7 @@ def analyze(
                 worked.append(TaskFigures(task.name, task.items, measures))
         meter.step(calls)
         rows = [figures for figures in by_site if figures.budget == candidate.budget]
-        summary = _summarised(candidate.budget, rows, damage, sites, samples)
+        summary = _summarised(candidate, rows, damage, sites, samples)
         texts = zip(samples.parts, by_part, strict=True)
         by_text = tuple(TextFigures(name, part) for (name, _), part in texts)
         by_budget.append(replace(summary, by_text=by_text, tasks=tuple(worked)))
@@ -195,13 +195,17 @@ def choose_sites(sites: list[Site], layers: str | None) -> list[Site]:
 
 
 def _summarised(
-    budget: float,
+    method: Method,
     rows: list[SiteFigures],
     damage: Damage,
     sites: list[Site],
     samples: Samples,
 ) -> BudgetFigures:
+    budget = method.budget
     density = sum(row.density for row in rows) / len(rows)
+    spent = f"{100 * density:.1f} % of the scores exact"
+    if method.about.budgets == "multiply-adds":
+        spent = f"{100 * budget:g} % of exact attention's multiply-adds"
     error = sum(row.error for row in rows) / len(rows)
     verdict, harm = _verdict(damage)
     number = {site.name: index for index, site in enumerate(sites)}
@@ -216,14 +220,14 @@ def _summarised(
     if verdict != "no" and ratio < 1:
         answer += ", but not to save time here"
     summary = (
-        f"{answer}: with {100 * density:.1f} % of the scores exact, {harm}. "
+        f"{answer}: with {spent}, {harm}. "
         f"Mean output error {error:.3f} over {len(rows)} sites; "
         f"at most {GOOD_ERROR:g} at {_listed(good)}; over {POOR_ERROR:g} at {_listed(poor)}. "
         f"Attention itself ran at {exact_ms:.0f} ms exact and {method_ms:.0f} ms approximated per "
         f"sample ({speed} here, at this length)."
     )
     forced = sum(row.forced for row in rows) / len(rows)
-    if density > 1.02 * budget:
+    if density > 1.02 * budget and forced > 0:
         summary += (
             f" {100 * forced:.1f} % had to be exact whatever the budget: entries that masks cut "
             "through, and rows that would see nothing."

@@ -39,10 +39,9 @@ def model_card(
     )
     parts = [
         _BEGIN,
-        f"# {name}, with multi-resolution attention",
+        f"# {name}, with approximated attention",
         f"The weights of `{name}`, untouched. At {len(plan.sites)} attention sites, softmax "
-        "attention is approximated by multi-resolution attention (MRA, arXiv 2207.10284) as "
-        "`mra_plan.json` says.",
+        f"attention is approximated as `mra_plan.json` says, by {_methods(plan)}.",
         "```python\nfrom transformers import AutoModel  # or AutoModelForCausalLM, ...\n\n"
         'model = AutoModel.from_pretrained("PATH", trust_remote_code=True)\n```',
         f"- Without `trust_remote_code=True`, {without}.\n"
@@ -59,6 +58,11 @@ def model_card(
         _END,
     ]
     return "\n\n".join([head.rstrip(), *parts, body]).rstrip() + "\n"
+
+
+def _methods(plan: Plan) -> str:
+    used = {site.method.name: site.method.about.source for site in plan.sites.values()}
+    return ", ".join(f"`{name}` ({source})" for name, source in used.items())
 
 
 def _settings(plan: Plan) -> str:

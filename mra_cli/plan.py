@@ -63,9 +63,15 @@ class Plan:
         return Plan({n: replace(site, min_length=min_length) for n, site in self.sites.items()})
 
     def with_impl(self, impl: Impl) -> Plan:
-        """The same plan, computed by one implementation (see `mra_attention`) alone."""
+        """The same plan, computed by one implementation (see `mra_attention`) alone; methods that
+        have but one stay as they are."""
         return Plan(
-            {n: replace(s, method=with_impl(s.method, impl)) for n, s in self.sites.items()}
+            {
+                name: replace(site, method=with_impl(site.method, impl))
+                if hasattr(site.method, "impl")
+                else site
+                for name, site in self.sites.items()
+            }
         )
 
     def to_dict(self) -> dict[str, Any]:

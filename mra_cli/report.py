@@ -221,16 +221,7 @@ class AnalyzeReport:
             return cls(
                 provenance=Provenance(**data["provenance"]),
                 method=data["method"],
-                sites=tuple(
-                    Site(
-                        **{
-                            **site,
-                            "extras": tuple(site["extras"]),
-                            "grid": tuple(site["grid"]) if site["grid"] else None,
-                        }
-                    )
-                    for site in data["sites"]
-                ),
+                sites=tuple(Site.from_dict(site) for site in data["sites"]),
                 by_site=tuple(map(site_figures, data["by_site"])),
                 by_budget=tuple(BudgetFigures.from_dict(f) for f in data["by_budget"]),
                 seconds=data["seconds"],

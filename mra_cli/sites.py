@@ -56,6 +56,13 @@ class Site:
         """Keys come from another sequence than queries."""
         return self.kind[1] == "C"
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Site:
+        """The site that `dataclasses.asdict` gave, after a journey through JSON."""
+        grid = data["grid"]
+        grid = None if grid is None else tuple(grid)
+        return cls(**{**data, "extras": tuple(data["extras"]), "grid": grid})
+
 
 @torch.no_grad()
 def find_sites(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Site]:

@@ -110,7 +110,7 @@ def test_models_that_take_no_text_get_synthetic_inputs_and_say_so(name):
         return
     samples = make_samples(checkpoint, count=2)
     assert samples.synthetic
-    method = make_method("mra", 0.3, {"resolutions": (8, 4, 1)})
+    method = make_method("mra3", 0.3, {"resolutions": (8, 4, 1)})
     found = analyze(checkpoint, samples, method, [0.3])
     assert found.provenance.inputs_synthetic
     assert "synthetic" in found.by_budget[0].summary

@@ -53,7 +53,8 @@ def test_full_budget_is_exact_and_restoring_is_bit_identical(architecture):
     for name, options in [
         ("mra2", {"resolutions": (8, 1)}),
         ("mra2s", {"resolutions": (4, 1)}),
-        ("mra", {"resolutions": (8, 4, 1)}),
+        ("mra3", {"resolutions": (8, 4, 1)}),
+        ("mra", {"rows": 8}),
     ]:
         plan = Plan.uniform(sites, make_method(name, 1.0, options))
         with patched(model, plan):

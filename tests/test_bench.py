@@ -126,9 +126,9 @@ def test_figures_of_a_run_hang_together(report):
         assert row.exact_bytes >= 4 * row.n_queries * 16 * 4, "the output at least"
         if row.budget == 1.0:
             assert row.error < 1e-5 and row.density == pytest.approx(1.0)
-            assert 0.8 < row.ideal_speedup <= 1.0
+            assert 0.6 < row.ideal_speedup <= 1.0, "estimates come on top"
         else:
-            assert 0.01 < row.error < 3 and row.ideal_speedup > 1.2
+            assert 0.01 < row.error < 3 and row.ideal_speedup > 1.1
     ahead = {row.pattern for row in report.rows if row.lookahead is not None}
     assert ahead == {"CS", "CC"}
     exact = [row.lookahead for row in report.rows if row.budget == 1.0 and row.lookahead]
@@ -181,7 +181,7 @@ def test_keys_per_row_mean_the_same_at_every_length():
 def test_forward_and_backward(monkeypatch):
     calls = []
     real = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or real(*a, **k))
     (row,) = small(backward=True).rows
     assert row.impl == "reference" and row.status == "ok"
     assert len(calls) == 3 + 2 + 2 * 2, (
@@ -209,7 +209,7 @@ def test_decoding_keeps_the_means_of_older_blocks(monkeypatch):
 
     monkeypatch.setattr(KeyPyramid, "extend", extend)
     call = decode_call(RandomWorkload(("CS",), 4, 2, 16).call("CS", 300), 2)
-    method = make_method("mra", 0.5, {"diagonal_blocks": "1"})
+    method = make_method("mra3", 0.5, {"diagonal_blocks": "1"})
     step = decode_step(method, call)
     outputs = [step().output for _ in range(3)]
     if implementations()["native"] is not None:
@@ -287,17 +287,17 @@ class Hungry(Mra):
 @pytest.mark.parametrize(("value", "least"), [(0.5, 1e-3), (float("nan"), NO_NUMBERS)])
 def test_a_wrong_output_fails_its_row(monkeypatch, value, least):
     monkeypatch.setattr(Faulty, "value", value)
-    monkeypatch.setitem(METHODS, "mra", Faulty("mra", PRESETS["mra"]))
-    found = small(names=("mra", "mra2"))
+    monkeypatch.setitem(METHODS, "mra3", Faulty("mra3", PRESETS["mra3"]))
+    found = small(names=("mra3", "mra2"))
     assert [row.status for row in found.rows] == ["FAILED", "ok"]
     assert found.failed[0].rounding >= least
     assert BenchReport.from_json(found.to_json()) == found
 
 
 def test_the_command_fails_with_its_rows(cli, monkeypatch, tmp_path):
-    monkeypatch.setitem(METHODS, "mra", Faulty("mra", PRESETS["mra"]))
-    line = "bench --seq-len 128,192 --pattern CS --budget 0.5 --pairs 1 --heads 2 --json"
-    ran = cli(*line.split(), tmp_path / "it.json")
+    monkeypatch.setitem(METHODS, "mra3", Faulty("mra3", PRESETS["mra3"]))
+    line = "bench --seq-len 128,192 --pattern CS --budget 0.5 --pairs 1 --heads 2 --method mra3"
+    ran = cli(*line.split(), "--json", tmp_path / "it.json")
     assert ran.code == 1
     assert "FAILED" in ran.out and "please report it" in ran.out
     rows = json.loads((tmp_path / "it.json").read_text())["rows"]
@@ -305,15 +305,15 @@ def test_the_command_fails_with_its_rows(cli, monkeypatch, tmp_path):
 
 
 def test_running_out_of_memory_is_a_refusal(monkeypatch):
-    monkeypatch.setitem(METHODS, "mra", Hungry("mra", PRESETS["mra"]))
-    found = small(lengths=(128, 256), names=("mra", "mra2"))
+    monkeypatch.setitem(METHODS, "mra3", Hungry("mra3", PRESETS["mra3"]))
+    found = small(lengths=(128, 256), names=("mra3", "mra2"))
     assert [(row.method, row.n_keys) for row in found.rows] == [
-        ("mra", 128),
+        ("mra3", 128),
         ("mra2", 128),
         ("mra2", 256),
     ]
     assert [(r.method, r.n_keys, r.reason) for r in found.refused] == [
-        ("mra", 256, "out of memory")
+        ("mra3", 256, "out of memory")
     ]
 
 
@@ -370,7 +370,8 @@ def test_a_break_even_is_circled(report):
 
 def test_the_command_writes_everything_it_is_asked_for(cli, tmp_path):
     pytest.importorskip("matplotlib")
-    line = "bench --seq-len 100 --pattern NS,CS --method all --budget 0.25 --heads 2 --pairs 1"
+    line = "bench --seq-len 100 --pattern NS,CS --method mra,mra2,mra2s --budget 0.25 --heads 2"
+    line += " --pairs 1"
     files = (
         "--json",
         tmp_path / "a.json",

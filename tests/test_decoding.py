@@ -46,7 +46,7 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
-def plan_of(model, budget=0.3, name="mra"):
+def plan_of(model, budget=0.3, name="mra3"):
     return Plan.uniform(
         find_sites(model, {"input_ids": torch.ones(1, 256, dtype=torch.long)}),
         make_method(name, budget),
@@ -115,7 +115,7 @@ def test_kept_means_change_nothing(llama, kind, padding, extensions, monkeypatch
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("name", ["mra", "mra2", "mra2s"])
+@pytest.mark.parametrize("name", ["mra3", "mra2", "mra2s"])
 def test_the_whole_budget_is_exact(llama, kind, name):
     inputs = prompts(padding=33)
     exact = stepwise(llama, CACHES[kind](llama), inputs)

@@ -115,7 +115,7 @@ def test_budgets_that_are_no_numbers(analyze, budget):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("mra3", "mra"), ("mr2s", "mra2s"), ("MRA2", "mra2"), ("", r"mra\w*")]
+    ("name", "near"), [("mra4", r"mra\w*"), ("mr2s", "mra2s"), ("MRA2", "mra2"), ("", r"mra\w*")]
 )
 def test_an_unknown_method_names_the_nearest(analyze, name, near):
     known = "must be one of mra, mra2, mra2s"
@@ -149,6 +149,20 @@ SIDES = "resolutions must .* each dividing the one before, and end in 1, like"
     ],
 )
 def test_settings_out_of_range(analyze, pair, says):
+    analyze("--method", "mra3", "--set", pair, says=says)
+
+
+@pytest.mark.parametrize(
+    ("pair", "says"),
+    [
+        ("ranks=3", ["has the settings rows, rank, tail", "got 'ranks'", "did you mean 'rank'"]),
+        ("rank=0", ["rank must be at least 1", "got 0"]),
+        ("rows=x", ["rows must be a number", "got 'x'"]),
+        ("tail=none", ["tail must be one of tilted, pooled", "got 'none'"]),
+        ("first_keys=-1", ["first_keys must be at least 0", "got -1"]),
+    ],
+)
+def test_settings_of_the_default_method_out_of_range(analyze, pair, says):
     analyze("--set", pair, says=says)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from mra_kernels import PRESETS, MraAttentionConfig, exact_attention, mra_attention
+from mra_kernels import PRESETS, MraAttentionConfig, MraKeysConfig, exact_attention, mra_attention
 from mra_kernels.layout import BlockLayout, patch_shapes
 from mra_kernels.testing import make_qkv
 
@@ -51,10 +51,16 @@ def test_empty_slots_of_an_image_layout_cost_nothing(name):
     query, key, value = make_qkv(11, batch=1, heads=2, kv_heads=2, n=197, m=197)
     config = dataclasses.replace(PRESETS[name], grid=(14, 14))
     selection = mra_attention(query, key, value, config=config).selection
-    filled = BlockLayout.image(197, (14, 14), config.resolutions).filled
-    fine = selection.fine
-    inner = torch.arange(fine.side)
-    rows, cols = (filled[x[:, None] * fine.side + inner].sum(1) for x in (fine.row, fine.col))
-    real = torch.zeros(2, dtype=torch.int64).index_add(0, fine.head, rows * cols) / 197**2
+    if isinstance(config, MraKeysConfig):
+        filled = BlockLayout.image(197, (14, 14), (config.rows, 1)).filled
+        opened = selection.opened()[0] & filled
+        real = (opened * filled.unflatten(0, (-1, config.rows)).sum(1)[:, None]).sum((1, 2))
+    else:
+        filled = BlockLayout.image(197, (14, 14), config.resolutions).filled
+        fine = selection.fine
+        inner = torch.arange(fine.side)
+        rows, cols = (filled[x[:, None] * fine.side + inner].sum(1) for x in (fine.row, fine.col))
+        real = torch.zeros(2, dtype=torch.int64).index_add(0, fine.head, rows * cols)
+    real = real / 197**2
     torch.testing.assert_close(selection.density[0], real)
     assert (selection.density <= 0.25 + selection.forced).all()

@@ -82,7 +82,7 @@ def tiny(tmp_path_factory) -> dict[str, Exported]:
         except UnsupportedModelError:
             assert name in REFUSED_BY_OLDER and OLDER, name
             continue
-        plan = Plan.uniform(sites, make_method("mra", 0.3, {"resolutions": (8, 4, 1)}))
+        plan = Plan.uniform(sites, make_method("mra3", 0.3, {"resolutions": (8, 4, 1)}))
         with patched(model, plan):
             approximated = output_tensors(model(**inputs))
         with patched(model, plan.with_impl("reference")):

@@ -59,7 +59,7 @@ def made(request, tmp_path_factory):
     except UnsupportedModelError:
         assert name == "t5" and not transformers.__version__.startswith("5.23"), name
         pytest.skip("its attention reached the interface later")
-    plan = Plan.uniform(sites, make_method("mra", budget, {"resolutions": (8, 4, 1)}))
+    plan = Plan.uniform(sites, make_method("mra3", budget, {"resolutions": (8, 4, 1)}))
     folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder / "source")
     prepared = export.prepare(str(folder / "source"), method=make_method("mra", budget), plan=plan)

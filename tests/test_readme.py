@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 
+from mra_cli.methods import METHODS, REFUSED
+from mra_cli.methods.mra import Mra
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 OUTPUT = re.compile(
     r"(?<=^```console\n\$ mra-cli analyze demo:minilm\n).*?(?=^```$)", re.DOTALL | re.MULTILINE
 )
+METHODS_TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 SITE_ROW = re.compile(r"│ (\d+) │ (\S+) +│ \w+ +│ +[\d.]+ │(.*)│$", re.MULTILINE)
 ERROR_AND_MASS = re.compile(r"([\d.]+) +(\d+)% +[\d.]+")
 
@@ -67,17 +71,64 @@ def test_make_targets_exist():
     assert "make test\n" in (ROOT / ".ci" / "run").read_text()
 
 
+_METHOD_COLUMNS = ["method", "what it does", "training-free", "causal", "cross", "masks"]
+_METHOD_COLUMNS += ["budget of", "work", "source"]
+
+
+def methods_table() -> str:
+    """Every method, as it describes itself."""
+    lines = [
+        f"| {' | '.join(names)} |" for names in (_METHOD_COLUMNS, ["---"] * len(_METHOD_COLUMNS))
+    ]
+    masks = {"any": "any", "causal": "causal, padding", "padding": "padding"}
+    for about in dict.fromkeys(method.about for method in METHODS.values()):
+        names = [name for name, method in METHODS.items() if method.about == about]
+        causal = cross = "no"
+        if "CS" in about.patterns:
+            causal = "yes, chooses by later tokens" if about.looks_ahead else "yes"
+        if "NC" in about.patterns:
+            cross = "yes" if "CC" in about.patterns else "noncausal"
+        cells = [
+            ", ".join(f"`{name}`" for name in names),
+            about.summary + (f" ({about.adapted})" if about.adapted else ""),
+            "needs `calibrate`" if about.calibrated else "yes",
+            causal,
+            cross,
+            masks[about.masks],
+            about.budgets,
+            about.cost,
+            about.source,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_methods_is_what_they_say():
+    text = README.read_text()
+    assert METHODS_TABLE.findall(text) == [methods_table()]
+    assert {type(method) for method in METHODS.values()} > {Mra}
+    for name in METHODS:
+        assert f"`{name}`" in methods_table()
+    for name in REFUSED:
+        assert re.search(name, text, re.IGNORECASE), name
+
+
 @pytest.mark.checkpoints
 @pytest.mark.parametrize(
-    "command", [c for c in commands() if c.startswith(("mra-cli check", "mra-cli analyze"))]
+    "command",
+    [
+        c
+        for c in commands()
+        if c.startswith(("mra-cli check", "mra-cli analyze", "mra-cli compare"))
+    ],
 )
 def test_commands_run(command, tmp_path, minilm):
     done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 200
     assert "demo:" in done.stdout or "demo:" not in command
-    written = re.findall(r"--(?:json|html) (\S+)", command)
-    assert [path.name for path in tmp_path.iterdir()] == written
+    named = re.findall(r"--(?:json|plot|html) (\S+)", command)
+    assert {path.name for path in tmp_path.iterdir()} == set(named)
 
 
 @pytest.mark.checkpoints
@@ -151,4 +202,5 @@ if __name__ == "__main__":
     fresh = mra_cli("analyze demo:minilm", ROOT)
     assert fresh.returncode == 0, fresh.stderr
     trimmed = "\n".join(line.rstrip() for line in fresh.stdout.splitlines())
-    README.write_text(OUTPUT.sub(lambda _: trimmed + "\n", README.read_text(), count=1))
+    text = OUTPUT.sub(lambda _: trimmed + "\n", README.read_text(), count=1)
+    README.write_text(METHODS_TABLE.sub(lambda _: methods_table(), text, count=1))

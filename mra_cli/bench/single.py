@@ -19,6 +19,7 @@ from mra_cli.bench.rounding import as_number, distance_from_float64, heads_to_ch
 from mra_cli.bench.summary import busy_notes, call_notes, left_exact, trends
 from mra_cli.bench.workload import Workload, decode_call, refused_pattern
 from mra_cli.calls import AttentionCall, AttentionResult
+from mra_cli.causality import lookahead
 from mra_cli.environment import Environment
 from mra_cli.errors import InputError
 from mra_cli.measure import (
@@ -99,7 +100,9 @@ def cases(workload: Workload, setup: BenchSetup) -> list[Case]:
                 reason = refusal or _reason_against(method, pattern)
                 if reason is None and call is not None:
                     reason = reason_against_impl(method, call, backward=setup.backward)
-                    if reason is None and not setup.decode:  # which has no blocks of queries
+                    if reason is None and setup.decode:  # which has few queries to gain from
+                        reason = method.reason_against_call(call)
+                    elif reason is None:
                         reason = method.reason_for_exact(call)
                 found.append(Case(pattern, length, method, setting, reason))
     return found
@@ -274,23 +277,17 @@ class _OneCall:
 
         def both() -> tuple[Tensor, ...]:
             output = forward()
-            return torch.autograd.grad(output, leaves, torch.ones_like(output))
+            ones = torch.ones_like(output)  # the mean of values has nothing to do with queries
+            return torch.autograd.grad(output, leaves, ones, allow_unused=True)
 
         return both
 
     def _lookahead(self, method: Method, result: AttentionResult) -> float | None:
         """How much the future moves the past, where it must not."""
-        call, half = self.call, self.call.n_queries // 2
-        if self.pattern[0] != "C" or self.setup.decode or half == 0:
+        if self.setup.decode:
             return None
-        names = ("query", "key", "value") if self.pattern == "CS" else ("query",)
-        other: dict[str, Any] = {}
-        for name in names:
-            tensor = getattr(call, name).detach()
-            other[name] = torch.cat([tensor[:, :, :half], -tensor[:, :, half:]], 2)
-        changed = method(replace(call, **other)).output[:, :, :half]
-        moved = relative_error(changed, result.output[:, :, :half], call.valid_rows[:, :half])
-        return as_number(float(moved.mean()))
+        moved = lookahead(lambda call: method(call).output, self.call, result.output, self.pattern)
+        return None if moved is None else as_number(moved)
 
 
 @contextmanager

@@ -49,6 +49,8 @@ LayersOption = Annotated[
         show_default="all that can be patched",
     ),
 ]
+METHOD_HELP = "A name, like mra, mra2 or smyrf: see README, Methods."
+MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -28,6 +28,7 @@ from mra_cli.errors import InputError
 
 if TYPE_CHECKING:
     from mra_cli.bench.report import BenchReport
+    from mra_cli.compare.report import CompareReport
     from mra_cli.environment import Environment
     from mra_cli.export import Exported
     from mra_cli.figures import Figures
@@ -195,6 +196,24 @@ class Output:
             self._save(csv, report.to_csv() + "\n")
         if plot is not None:
             from mra_cli.bench.plots import draw
+
+            self._save(plot, draw(report, Path(plot).suffix.removeprefix(".").lower()))
+        self._write(report.to_json())
+
+    def comparison(self, report: CompareReport, *, plot: str | None) -> None:
+        """The tables of `compare`; the drawing goes to a file."""
+        from mra_cli.cli import _compare_tables as tables
+
+        for model in report.models:
+            for line, style in tables.heading(model):
+                self._out.print(escape(line), style=style)
+            for table in tables.tables(model):
+                self._out.print(table)
+        for table in tables.agreement(report):
+            self._out.print(table)
+        self._out.print(f"Took {report.seconds:.1f} s after loading.", style="dim")
+        if plot is not None:
+            from mra_cli.compare.plots import draw
 
             self._save(plot, draw(report, Path(plot).suffix.removeprefix(".").lower()))
         self._write(report.to_json())

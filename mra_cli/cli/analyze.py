@@ -12,6 +12,7 @@ from mra_cli.cli._options import (
     HtmlOption,
     JsonOption,
     LayersOption,
+    MethodOption,
     ModelArgument,
     PickleOption,
     SeedOption,
@@ -28,7 +29,7 @@ from mra_cli.cli._options import (
 
 def analyze(
     model: ModelArgument = "demo:minilm",
-    method: Annotated[str, typer.Option("--method", help="mra, mra2 or mra2s.")] = "mra",
+    method: MethodOption = "mra",
     budget: Annotated[
         str, typer.Option("--budget", help="Fractions of the scores to compute exactly.")
     ] = "0.1,0.25,0.5",

@@ -12,6 +12,7 @@ from mra_cli import __version__
 from mra_cli.cli.analyze import analyze
 from mra_cli.cli.bench import bench
 from mra_cli.cli.check import check
+from mra_cli.cli.compare import compare
 from mra_cli.cli.env import env
 from mra_cli.cli.patch import patch
 from mra_cli.cli.run import run
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(analyze)
+app.command()(compare)
 app.command()(search)
 app.command()(bench)
 app.command()(env)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mra_cli.cli._options import (
+    METHOD_HELP,
     JsonOption,
     LayersOption,
     ModelArgument,
@@ -29,8 +30,7 @@ def patch(
         typer.Option("--out", metavar="DIR", help="The directory to make.", show_default=False),
     ] = None,
     method: Annotated[
-        str | None,
-        typer.Option("--method", help="mra, mra2 or mra2s.", show_default="mra"),
+        str | None, typer.Option("--method", help=METHOD_HELP, show_default="mra")
     ] = None,
     budget: Annotated[
         str | None,

@@ -10,8 +10,22 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from mra_cli.calls import AttentionCall
 from mra_cli.errors import InputError
 from mra_cli.methods.base import Method, setting
+from mra_cli.methods.bigbird import BigBird
+from mra_cli.methods.cluster_kv import ClusterKV
+from mra_cli.methods.combiner import Combiner
+from mra_cli.methods.h1d import H1D
+from mra_cli.methods.longformer import Longformer
 from mra_cli.methods.mra import Mra, MraFamily
 from mra_cli.methods.mra_keys import MraKeys
+from mra_cli.methods.nystrom import Nystrom
+from mra_cli.methods.performer import Performer
+from mra_cli.methods.probsparse import ProbSparse
+from mra_cli.methods.scatterbrain import Scatterbrain
+from mra_cli.methods.skein import Skein
+from mra_cli.methods.smyrf import Smyrf
+from mra_cli.methods.topk import TopK
+from mra_cli.methods.vmean import VMean
+from mra_cli.methods.window import Window
 from mra_kernels import PRESETS, MraKeysConfig, implementations, native
 from mra_kernels.api import Impl
 
@@ -20,10 +34,28 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "REFUSED", "Method", "make_method", "make_methods", "with_impl"]
 
+_OTHERS: tuple[Method, ...] = (
+    Smyrf(),
+    Skein(),
+    ProbSparse(),
+    Nystrom(),
+    Performer(),
+    Scatterbrain(),
+    Longformer(),
+    BigBird(),
+    H1D(),
+    Combiner(),
+    ClusterKV(),
+    TopK(),
+    Window(),
+    VMean(),
+)
+
 METHODS: dict[str, Method] = {
     name: MraKeys(name, config) if isinstance(config, MraKeysConfig) else Mra(name, config)
     for name, config in PRESETS.items()
 }
+METHODS |= {method.name: method for method in _OTHERS}
 
 REFUSED: dict[str, str] = {
     "reformer": "it shares one projection between queries and keys, which the model does not; "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import (
     Any,
     ClassVar,
@@ -18,10 +19,12 @@ from typing import (
     get_type_hints,
 )
 
+import torch
 from torch import Tensor
 
 from mra_cli.calls import AttentionCall, AttentionResult
 from mra_cli.errors import InputError
+from mra_cli.methods.rows import Tally
 from mra_kernels import AttentionMask
 
 LEAST = 64
@@ -41,10 +44,11 @@ class About:
         source: The paper.
         patterns: Kinds of sites it serves, of NS, CS, NC, CC: noncausal or causal, self or cross.
         cost: How its work grows with N queries and keys, in words.
-        budgets: What a budget is a share of: the ``scores`` that exact attention computes, or all
-            its ``multiply-adds`` (methods without exactly computed scores).
+        budgets: What a budget is a share of: the ``scores`` that exact attention computes, all its
+            ``multiply-adds`` (where few or no scores are exact), or ``nothing``: it plays no part.
         masks: The most that it can take.
         honours: What else may enter the scores: of ``bias``, ``soft-cap``, ``sinks``.
+        looks_ahead: In causal calls choices depend on later tokens (what it computes never does).
         adapted: Where it departs from the paper, in words; empty: nowhere.
         calibrated: It needs a calibration on the checkpoint's own queries, keys and values.
     """
@@ -53,9 +57,10 @@ class About:
     source: str
     patterns: tuple[str, ...]
     cost: str
-    budgets: Literal["scores", "multiply-adds"] = "scores"
+    budgets: Literal["scores", "multiply-adds", "nothing"] = "scores"
     masks: MaskKind = "any"
     honours: tuple[str, ...] = ("bias", "soft-cap", "sinks")
+    looks_ahead: bool = False
     adapted: str = ""
     calibrated: bool = False
 
@@ -95,6 +100,9 @@ class Method(Protocol):
         """Why it can't serve the model of that fingerprint (`Checkpoint.fingerprint`), as one that
         was calibrated on another; None if it can."""
 
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all; None if it can."""
+
     def reason_for_exact(self, call: AttentionCall) -> str | None:
         """Why this call is better left exact (or has to be); None if it need not."""
 
@@ -109,12 +117,18 @@ class Method(Protocol):
     def __call__(self, call: AttentionCall) -> AttentionResult: ...
 
 
+Choice = dict[str, Tensor]
+"""What a method decided before it computed: tensors ``[B or 1, H or 1, ...]`` by name."""
+
 A = TypeVar("A", bound="Approximation")
 
 
 @dataclass(frozen=True)
 class Approximation:
     """What methods have in common; their knobs are their fields.
+
+    A method is two functions: `choose` decides (which keys, which random features), and `attend`
+    computes what was decided. All else follows.
 
     A knob that is None by default says how much to compute, and follows from the budget until it
     is set.
@@ -164,22 +178,105 @@ class Approximation:
         """Nothing here was fitted to one model."""
         return None
 
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed by it at all, as far as `About` tells; None if it can."""
+        return _reason_by_about(self, call)
+
     def reason_for_exact(self, call: AttentionCall) -> str | None:
         """Why this call stays exact; None: the method takes it."""
-        return reason_against_call(self, call)
+        for count, what in ((call.n_queries, "queries"), (call.n_keys, "keys")):
+            if count < LEAST:
+                return f"{count} {what} are too few to gain anything ({LEAST})"
+        return self.reason_against_call(call)
 
-    def __call__(self, call: AttentionCall) -> AttentionResult:
+    def choose(self, call: AttentionCall, tally: Tally) -> Choice:
+        """What depends on the numbers, or on chance, and must not change when they are rounded."""
+        return {}
+
+    def attend(self, call: AttentionCall, choice: Choice, tally: Tally) -> tuple[Tensor, Tensor]:
+        """Output ``[B, H, N, Dv]`` and the log-sum-exp of the exactly computed logits
+        ``[B, H, N]`` (-inf where there are none), in float32 or float64.
+        """
         raise NotImplementedError
 
+    def __call__(self, call: AttentionCall) -> AttentionResult:
+        tally = Tally()
+        choice = self.choose(call, tally)
+        output, lse = self.attend(call, choice, tally)
+        plan = Chosen(self, call, choice, tally.products, tally.settled)
+        return AttentionResult(output.to(call.value.dtype), lse, "torch", plan)
 
-def reason_against_call(method: Method | Approximation, call: AttentionCall) -> str | None:
-    """Why a call can't be approximated, or is too short to be, as far as `About` tells."""
+    def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
+        """Multiply-adds of the matrix products that were computed, masked entries among them."""
+        assert isinstance(result.plan, Chosen)
+        return result.plan.products
+
+    def in_float64(self, call: AttentionCall, result: AttentionResult, heads: int) -> Tensor:
+        """The same in float64, on what was chosen."""
+        assert isinstance(result.plan, Chosen)
+        names = ("query", "key", "value", "sinks", "bias")
+        part = call.first_heads(heads)
+        wide = {name: getattr(part, name) for name in names if getattr(part, name) is not None}
+        part = dataclasses.replace(part, **{name: x.double() for name, x in wide.items()})
+        choice = {
+            name: x if x.shape[1] == 1 else x[:, :heads] for name, x in result.plan.choice.items()
+        }
+        return self.attend(part, choice, Tally())[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What an `Approximation` did in one call; the density is worked out when asked for.
+
+    Attributes:
+        method, call, choice: Who decided what.
+        products: Multiply-adds in matrix products.
+        settled: Knobs that followed from the budget.
+    """
+
+    method: Approximation
+    call: AttentionCall
+    choice: Choice
+    products: int
+    settled: dict[str, int]
+
+    @cached_property
+    def density(self) -> Tensor:
+        """Exactly computed scores by legal ones, padding rows left out, ``[B, H]``."""
+        mask = self.call.mask
+        assert mask is not None
+        batch, heads = self.call.query.shape[:2]
+        tally = Tally(entries=torch.zeros(batch, heads, device=self.call.query.device))
+        with torch.no_grad():
+            self.method.attend(self.call, self.choice, tally)
+        assert tally.entries is not None
+        legal = (mask.legal_per_row() * self.call.valid_rows).sum(-1, keepdim=True)
+        return tally.entries / legal.clamp(min=1)
+
+    @property
+    def forced(self) -> Tensor:
+        """Nothing is exact whatever the budget, ``[B, H]``."""
+        return torch.zeros_like(self.density)
+
+
+def knob_for(budget: float, cost: Callable[[int], float], most: int) -> int:
+    """The knob in 1 to ``most`` whose cost, which grows with it, comes nearest to the budget."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) >= budget else (middle + 1, high)
+    return low - 1 if low > 1 and budget - cost(low - 1) < cost(low) - budget else low
+
+
+def exact_products(call: AttentionCall) -> int:
+    """Multiply-adds of exact attention on the scores that the mask allows."""
+    return call.legal_entries * (call.query.shape[-1] + call.value.shape[-1])
+
+
+def _reason_by_about(method: Approximation, call: AttentionCall) -> str | None:
     about, mask = method.about, call.mask
     if mask is None:
         return "its heads have different masks"
-    for count, what in ((call.n_queries, "queries"), (call.n_keys, "keys")):
-        if count < LEAST:
-            return f"{count} {what} are too few to gain anything ({LEAST})"
     extras = {"bias": call.bias, "soft-cap": call.softcap, "sinks": call.sinks}
     for extra, value in extras.items():
         if value is not None and extra not in about.honours:
@@ -192,6 +289,13 @@ def reason_against_call(method: Method | Approximation, call: AttentionCall) -> 
     apart = mask.query_offset + mask.n_queries != mask.n_keys
     if apart and not any(pattern[1] == "C" for pattern in about.patterns):
         return f"{method.name} needs queries and keys of one sequence, and these are of two"
+    return None
+
+
+def reason_against_part(method: Approximation, call: AttentionCall) -> str | None:
+    """Why a method that cuts the sequence into blocks can't take a call; None: it is whole."""
+    if call.mask is not None and call.mask.query_offset:
+        return f"{method.name} needs all queries of the sequence at once"
     return None
 
 

@@ -39,6 +39,7 @@ _ABOUT = About(
     source="Zeng et al., ICML 2022, arXiv 2207.10284",
     patterns=("NS", "CS", "NC", "CC"),
     cost="N^2 / block^2 pooled scores, then N x keys kept",
+    looks_ahead=True,
 )
 
 
@@ -89,6 +90,10 @@ class MraFamily(ABC):
     def reason_against_model(self, fingerprint: str) -> str | None:
         """Nothing here was fitted to one model."""
         return None
+
+    def reason_against_call(self, call: AttentionCall) -> str | None:
+        """Why this call can't be computed at all; None if it can."""
+        return "its heads have different masks" if call.mask is None else None
 
     def settings(self) -> dict[str, Any]:
         """Name, budget and changed settings, JSON types only."""

@@ -17,6 +17,7 @@ _KEYS_ABOUT = About(
     source="after Zeng et al., ICML 2022, arXiv 2207.10284, and Vyas et al., arXiv 2007.04825",
     patterns=("NS", "CS", "NC", "CC"),
     cost="N^2 scores of a few features, then N x keys kept",
+    looks_ahead=True,
 )
 
 

@@ -1,0 +1,1 @@
+"""Every method on one checkpoint, side by side: `mra-cli compare`."""
