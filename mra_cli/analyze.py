@@ -5,38 +5,30 @@ do to the model?
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
-from mra_cli.evaluate import Damage, Judge
+from mra_cli.evaluate import Damage, Judge, Task, TaskFigures
+from mra_cli.forecast import ForecastFigures, Sensitivity, checked_forecast, grouped, minded
 from mra_cli.inputs import Samples, probe
-from mra_cli.measure import (
-    captured_mass,
-    paired_latency_ms,
-    peak_process_bytes,
-    relative_error,
-    with_peak_bytes,
-)
+from mra_cli.layers import measure_layers
+from mra_cli.measure import peak_process_bytes
 from mra_cli.methods import Method, check_model, fitting_sites
-from mra_cli.patching import intercepted, patched
+from mra_cli.patching import patched
 from mra_cli.plan import Plan
-from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures
+from mra_cli.progress import Meter, Progress
+from mra_cli.report import AnalyzeReport, BudgetFigures, Provenance, SiteFigures, TextFigures
 from mra_cli.sites import Site, find_sites
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many of how many steps are behind us."""
 
 GOOD_ERROR, POOR_ERROR = 0.1, 0.3
 """Relative output errors below which a layer is called well, and above which badly approximated."""
+
+_MOST_ALONE = 64
+"""For the forecast each layer is run alone; in larger models, some together."""
 
 
 @torch.no_grad()
@@ -47,6 +39,8 @@ def analyze(
     budgets: Sequence[float],
     *,
     layers: str | None = None,
+    tasks: Sequence[Task] = (),
+    forecast: bool = True,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> AnalyzeReport:
@@ -61,6 +55,8 @@ def analyze(
         method: The method, at any budget.
         budgets: Densities to try.
         layers: Which sites, see `choose_sites`; None: all that can be patched.
+        tasks: What else the model has to do, exactly and at each budget.
+        forecast: Run each layer alone, too, on the first sample, and foretell plans from it.
         seed: For masked-language models: the tokens to mask.
         progress: Called as work proceeds.
 
@@ -76,25 +72,35 @@ def analyze(
     chosen = fitting_sites(method, choose_sites(sites, layers))
     methods = [method.with_budget(budget) for budget in budgets]
     calls = sum(site.calls for site in chosen) * len(samples.batches)
-    total = calls * 2 * len(budgets)
-    meter = _Meter(progress, total)
+    meter = Meter(progress, calls * (2 * len(budgets) + (2 if forecast else 0)))
 
     meter.stage("running the exact model")
     judge = Judge(checkpoint.model, samples.batches, checkpoint.tokenizer, seed)
+    answers = []
+    for task in tasks:
+        meter.stage(f"exact model: {task.name}")
+        answers.append(task.run())
     meter.stage("measuring each layer")
-    tally = _Tally(methods, meter)
-    with intercepted(checkpoint.model, {site.name: site for site in chosen}, tally.record):
-        for batch in samples.batches:
-            checkpoint.model(**batch)
-    by_site = tally.figures(chosen)
+    by_site = measure_layers(checkpoint.model, samples.batches, chosen, methods, meter.step)
     by_budget = []
     for candidate in methods:
         meter.stage(f"running the model at budget {candidate.budget:g}")
+        worked = []
         with patched(checkpoint.model, Plan.uniform(chosen, candidate)):
-            damage = judge.judge()
+            damage, by_part = judge.judge_parts([count for _, count in samples.parts])
+            for task, answer in zip(tasks, answers, strict=True):
+                meter.stage(f"{task.name} at budget {candidate.budget:g}")
+                measures = task.measures(answer, task.run())
+                worked.append(TaskFigures(task.name, task.items, measures))
         meter.step(calls)
         rows = [figures for figures in by_site if figures.budget == candidate.budget]
-        by_budget.append(_summarised(candidate, rows, damage, sites, samples))
+        summary = _summarised(candidate, rows, damage, sites, samples)
+        texts = zip(samples.parts, by_part, strict=True)
+        by_text = tuple(TextFigures(name, part) for (name, _), part in texts)
+        by_budget.append(replace(summary, by_text=by_text, tasks=tuple(worked)))
+    figures = None
+    if forecast:
+        figures = _forecast(checkpoint, judge, chosen, methods, by_site, by_budget, meter)
     settings = {key: value for key, value in method.settings().items() if key != "budget"}
     return AnalyzeReport(
         provenance=Provenance.collect(checkpoint, samples, seed),
@@ -104,6 +110,53 @@ def analyze(
         by_budget=tuple(by_budget),
         seconds=time.perf_counter() - started,
         peak_process_bytes=peak_process_bytes(),
+        forecast=figures,
+    )
+
+
+def _forecast(
+    checkpoint: Checkpoint,
+    judge: Judge,
+    chosen: list[Site],
+    methods: list[Method],
+    by_site: list[SiteFigures],
+    by_budget: list[BudgetFigures],
+    meter: Meter,
+) -> ForecastFigures | None:
+    """Foretells plans from the errors of their layers and from how much the model minds each of
+    them alone, and runs a plan of mixed budgets to see.
+    """
+    model, sites = checkpoint.model, [s for s in chosen if any(s.name == r.site for r in by_site)]
+    if len(sites) < 2:
+        return None
+    squares = {(row.site, row.budget): row.square for row in by_site}
+    middle, first = methods[len(methods) // 2], judge.of_first()
+    sensitivities = []
+    for group in grouped(sites, -(-len(sites) // _MOST_ALONE)):
+        meter.stage(f"approximating {group[0].name} alone")
+        with patched(model, Plan.uniform(group, middle)):
+            harm = first.judge().harm
+        names = tuple(site.name for site in group)
+        sensitivities.append(Sensitivity(names, middle.budget, harm))
+        meter.step()
+    low, high = methods[0], methods[-1]
+    plan = dict(Plan.uniform(sites[::2], low).sites)
+    mixed = {name: squares[name, low.budget] for name in plan}
+    words = f"budget {low.budget:g} at every other site"
+    if high is not low:
+        others = Plan.uniform(sites[1::2], high).sites
+        mixed |= {name: squares[name, high.budget] for name in others}
+        plan |= others
+        words += f", {high.budget:g} at the rest"
+    meter.stage("running a plan of mixed budgets")
+    with patched(model, Plan(plan)):
+        damage = judge.judge()
+    by_method = {
+        m.budget: {site.name: squares[site.name, m.budget] for site in sites} for m in methods
+    }
+    damages = {figures.budget: figures.damage for figures in by_budget}
+    return checked_forecast(
+        minded(sensitivities, squares), by_method, damages, (words, mixed, damage)
     )
 
 
@@ -139,91 +192,6 @@ def choose_sites(sites: list[Site], layers: str | None) -> list[Site]:
             )
         numbers |= fitting
     return [able[number] for number in sorted(numbers)]
-
-
-@dataclass
-class _Meter:
-    """Steps done, for the progress bar."""
-
-    progress: Progress
-    total: int
-    done: int = 0
-    name: str = ""
-
-    def stage(self, name: str) -> None:
-        self.name = name
-        self.step(0)
-
-    def step(self, count: int = 1) -> None:
-        self.done += count
-        self.progress(self.name, self.done, self.total)
-
-
-@dataclass
-class _Tally:
-    """Answers calls exactly while measuring every method on them."""
-
-    methods: list[Method]
-    meter: _Meter
-    _errors: dict[tuple[str, float], list[Tensor]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    _shares: dict[tuple[str, float], list[Tensor]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    _costs: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
-    _left_exact: dict[str, str] = field(default_factory=dict)
-
-    def record(self, site: Site, call: AttentionCall) -> Tensor:
-        exact, exact_bytes = with_peak_bytes(call.exact, call.query.device)
-        valid, exact_lse = call.valid_rows, call.exact_lse()
-        for method in (method.at(site.name) for method in self.methods):
-            reason = method.reason_for_exact(call)
-            if reason is not None:
-                self._left_exact[site.name] = reason
-                continue
-            key = (site.name, method.budget)
-            apply = partial(method, call)
-            result, method_bytes = with_peak_bytes(apply, call.query.device)
-            mass = captured_mass(result.lse, exact_lse, valid)
-            self._errors[key].append(relative_error(result.output, exact, valid))
-            self._shares[key].append(torch.stack([result.density, result.forced, mass]).double())
-            if key not in self._costs:
-                exact_ms, method_ms = paired_latency_ms(call.exact, apply)
-                self._costs[key] = {
-                    "exact_ms": exact_ms,
-                    "method_ms": method_ms,
-                    "exact_bytes": exact_bytes,
-                    "method_bytes": method_bytes,
-                }
-            self.meter.step()
-        return exact
-
-    def figures(self, sites: list[Site]) -> list[SiteFigures]:
-        if not self._errors:
-            reason = next(iter(self._left_exact.values()), "no call was seen")
-            raise InputError(f"nothing to approximate at this length: {reason}; use longer inputs")
-        figures = []
-        for site in sites:
-            for method in self.methods:
-                key = (site.name, method.budget)
-                if key not in self._errors:
-                    continue
-                by_head = torch.cat(self._errors[key]).mean(0)
-                density, forced, mass = torch.cat(self._shares[key], 1).mean((1, 2)).tolist()
-                figures.append(
-                    SiteFigures(
-                        site=site.name,
-                        budget=method.budget,
-                        density=density,
-                        forced=forced,
-                        error=float(by_head.mean()),
-                        error_by_head=tuple(by_head.tolist()),
-                        mass=mass,
-                        **self._costs[key],
-                    )
-                )
-        return figures
 
 
 def _summarised(

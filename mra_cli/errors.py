@@ -25,3 +25,7 @@ class ExportError(MraError):
 
 class VerifyError(MraError):
     """A patched checkpoint is not what it says."""
+
+
+class SearchError(MraError):
+    """No plan keeps what has to be kept."""

@@ -5,13 +5,14 @@ pictures and sounds.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
@@ -32,6 +33,7 @@ class Samples:
         digest: Hash of the text or file.
         length: Tokens (or patches, frames) per sample; the encoder's for encoder-decoders.
         synthetic: They are made up; figures on real inputs may differ.
+        parts: Source and number of the batches, in their order, where they have several sources.
     """
 
     batches: list[dict[str, Tensor]]
@@ -39,6 +41,22 @@ class Samples:
     digest: str
     length: int
     synthetic: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def joined(cls, several: Sequence[Samples]) -> Samples:
+        """The samples of several sources, one after the other."""
+        if len(several) == 1:
+            return several[0]
+        digests = " ".join(samples.digest for samples in several)
+        return cls(
+            batches=[batch for samples in several for batch in samples.batches],
+            source=" + ".join(samples.source for samples in several),
+            digest="sha256:" + hashlib.sha256(digests.encode()).hexdigest()[:16],
+            length=max(samples.length for samples in several),
+            synthetic=any(samples.synthetic for samples in several),
+            parts=tuple((samples.source, len(samples.batches)) for samples in several),
+        )
 
 
 def default_text() -> str:
@@ -167,7 +185,7 @@ def _text_samples(
         raise InputError(
             f"{checkpoint.name} has {limit} positions, got --seq-len {seq_len}; use at most {limit}"
         )
-    before, after = _special_tokens(checkpoint)
+    before, after = special_tokens(checkpoint.tokenizer)
     body = seq_len - len(before) - len(after)
     if body < 1:
         raise InputError(f"--seq-len must be over {len(before) + len(after)}, got {seq_len}")
@@ -215,10 +233,8 @@ def _picture(checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Te
     return _synthetic(checkpoint, "pixel_values", generator)
 
 
-def _special_tokens(checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text."""
-    tokenizer = checkpoint.tokenizer
-    assert tokenizer is not None
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):

@@ -19,7 +19,8 @@ import transformers
 from mra_cli import __version__
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
-from mra_cli.evaluate import Damage
+from mra_cli.evaluate import Damage, Measure, TaskFigures
+from mra_cli.forecast import ForecastCheck, ForecastFigures
 from mra_cli.inputs import Samples, read_text
 from mra_cli.methods import make_method
 from mra_cli.plan import Plan
@@ -91,6 +92,7 @@ class SiteFigures:
         mass: Share of the exact attention mass on exactly computed entries.
         exact_ms, method_ms: Median latency of one call, one sample.
         exact_bytes, method_bytes: Peak extra memory of one call, one sample.
+        legal_entries: Scores the mask allows in one sample, over all heads and calls.
     """
 
     site: str
@@ -104,6 +106,20 @@ class SiteFigures:
     method_ms: float
     exact_bytes: int
     method_bytes: int
+    legal_entries: int = 0
+
+    @property
+    def square(self) -> float:
+        """Squared relative output error, mean over heads; forecasts are made of these."""
+        return sum(error * error for error in self.error_by_head) / len(self.error_by_head)
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """The damage on one of several texts."""
+
+    text: str
+    damage: Damage
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,8 @@ class BudgetFigures:
         density: Density reached, mean over sites.
         error: Relative output error, mean over sites.
         damage: What it does to the model.
+        by_text: The same for each text, if there are several.
+        tasks: What it does to the model's work at tasks.
         exact_ms, method_ms: Latency of all attention calls of one sample.
         exact_bytes, method_bytes: Peak extra memory of the most demanding call.
         verdict: ``yes``, ``with care`` or ``no``.
@@ -131,6 +149,16 @@ class BudgetFigures:
     method_bytes: int
     verdict: str
     summary: str
+    by_text: tuple[TextFigures, ...] = ()
+    tasks: tuple[TaskFigures, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BudgetFigures:
+        """The figures in JSON types."""
+        texts = [TextFigures(f["text"], Damage(**f["damage"])) for f in data.get("by_text", ())]
+        tasks = map(task_figures, data.get("tasks", ()))
+        damage = Damage(**data["damage"])
+        return cls(**{**data, "damage": damage, "by_text": tuple(texts), "tasks": tuple(tasks)})
 
 
 @dataclass(frozen=True)
@@ -144,6 +172,7 @@ class AnalyzeReport:
         by_site, by_budget: The figures.
         seconds: Wall time, loading left out.
         peak_process_bytes: Most memory the process held, loading included.
+        forecast: What plans that were not run would do; None if nothing was run to tell.
     """
 
     provenance: Provenance
@@ -153,6 +182,7 @@ class AnalyzeReport:
     by_budget: tuple[BudgetFigures, ...]
     seconds: float
     peak_process_bytes: int
+    forecast: ForecastFigures | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -192,19 +222,42 @@ class AnalyzeReport:
                 provenance=Provenance(**data["provenance"]),
                 method=data["method"],
                 sites=tuple(Site.from_dict(site) for site in data["sites"]),
-                by_site=tuple(
-                    SiteFigures(**{**f, "error_by_head": tuple(f["error_by_head"])})
-                    for f in data["by_site"]
-                ),
-                by_budget=tuple(
-                    BudgetFigures(**{**f, "damage": Damage(**f["damage"])})
-                    for f in data["by_budget"]
-                ),
+                by_site=tuple(map(site_figures, data["by_site"])),
+                by_budget=tuple(BudgetFigures.from_dict(f) for f in data["by_budget"]),
                 seconds=data["seconds"],
                 peak_process_bytes=data["peak_process_bytes"],
+                forecast=_forecast(data.get("forecast")),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"not a report of mra-cli analyze: {error}") from error
+
+
+def _forecast(data: dict[str, Any] | None) -> ForecastFigures | None:
+    if data is None:
+        return None
+    checks = tuple(ForecastCheck(**check) for check in data["checks"])
+    return ForecastFigures(**{**data, "checks": checks})
+
+
+def method_words(method: dict[str, Any]) -> str:
+    """A method's name and settings, as `Method.settings` gives them."""
+    settings = (
+        f"{key}={'/'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for key, value in method.items()
+        if key not in ("method", "budget") and value is not None
+    )
+    return f"{method['method']} ({', '.join(settings)})"
+
+
+def site_figures(data: dict[str, Any]) -> SiteFigures:
+    """A site's figures in JSON types, read back."""
+    return SiteFigures(**{**data, "error_by_head": tuple(data["error_by_head"])})
+
+
+def task_figures(data: dict[str, Any]) -> TaskFigures:
+    """A task's figures in JSON types, read back."""
+    measures = tuple(Measure(**measure) for measure in data["measures"])
+    return TaskFigures(data["task"], data["items"], measures)
 
 
 def read_plan(path: Path, budget: float | None) -> Plan:

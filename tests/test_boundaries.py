@@ -24,7 +24,7 @@ def modules_after(statement: str) -> set[str]:
     ("statement", "absent"),
     [
         ("import mra_kernels", {"transformers", "typer", "rich", "mra_cli", "triton"}),
-        ("import mra_cli.analyze, mra_cli.patching", {"typer", "rich"}),
+        ("import mra_cli.analyze, mra_cli.search, mra_cli.pages", {"typer", "rich", "matplotlib"}),
         ("import mra_cli.bench.model, mra_cli.bench.plots", {"typer", "rich", "matplotlib"}),
         (
             "import mra_cli.calibrate.calibrate, mra_cli.explain.measure, mra_cli.fold.fold",

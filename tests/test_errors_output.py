@@ -43,7 +43,7 @@ OTHER_ERRORS = {
     "usage": (["--budget", "2"], 2),
     "input": (["--seq-len", "999"], 1),
     "late input": (["--layers", "99"], 1),
-    "method": (["--method", "mra3"], 1),
+    "method": (["--method", "mra8"], 1),
     "model": (["--dtype", "float8"], 1),
 }
 

@@ -128,8 +128,18 @@ def test_commands_run(command, tmp_path, minilm):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 200
     assert "demo:" in done.stdout or "demo:" not in command
-    named = re.findall(r"--(?:json|plot) (\S+)", command)
+    named = re.findall(r"--(?:json|plot|html) (\S+)", command)
     assert {path.name for path in tmp_path.iterdir()} == set(named)
+
+
+@pytest.mark.checkpoints
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("mra-cli search")])
+def test_searches_find_plans(command, tmp_path, minilm):
+    done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "A plan keeps" in done.stdout
+    named = set(re.findall(r"--(?:html|plot) (\S+)", command))
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "plan.json.state", *named}
 
 
 @pytest.mark.checkpoints

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mra_cli import __version__
-from mra_cli.analyze import Progress, choose_sites
+from mra_cli.analyze import choose_sites
 from mra_cli.calibrate.fits import Captured, Fit, Fitted
 from mra_cli.calibrate.linformer import LinformerFit
 from mra_cli.calibrate.sbm import SbmFit
@@ -30,6 +30,7 @@ from mra_cli.inputs import Samples, probe
 from mra_cli.methods.base import knobs_of, setting
 from mra_cli.methods.calibration import CALIBRATION_KEY, CALIBRATION_SCHEMA
 from mra_cli.patching import intercepted
+from mra_cli.progress import Progress
 from mra_cli.sites import Site, find_sites
 from mra_cli.staging import locked
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from mra_cli.cli._options import check_writable
 
 _CALLS, _RANDOM, _MODELS = "Single calls", "Single calls, random inputs", "With a model"
 
@@ -142,18 +139,3 @@ def refuse(given: dict[str, Any], why: str) -> None:
     for option, value in given.items():
         if value is not None and value is not False:
             raise typer.BadParameter(f"{why}; leave it out", param_hint=option)
-
-
-def check_outputs(json: str | None, csv: str | None, plot: str | None) -> None:
-    """Fail before the work if a file can't be written, or would be written twice."""
-    for option, target in (("--json", json), ("--csv", csv), ("--plot", plot)):
-        if target == "-" and option != "--json":
-            raise typer.BadParameter("only --json goes to stdout; name a file", param_hint=option)
-        check_writable(target, option)
-    if plot is not None and Path(plot).suffix.lower() not in (".png", ".svg"):
-        raise typer.BadParameter(
-            f"expected a name that ends in .png or .svg, got {plot}", param_hint="--plot"
-        )
-    files = [Path(target).resolve() for target in (json, csv, plot) if target not in (None, "-")]
-    if len(set(files)) < len(files):
-        raise typer.BadParameter("each must be a file of its own", param_hint="--json/--csv/--plot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,28 @@ SettingsOption = Annotated[
         "--set", metavar="KEY=VALUE", help="A setting of the method, like coarse=per_query."
     ),
 ]
+TextsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Your own text, UTF-8, or the built-in help or code; repeat for figures by text.",
+        show_default="help: Python's help texts",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Chooses the windows of the text.")]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="NAME[:LENGTH]",
+        help="Also measure at: needles (causal models), ranking (encoders), transcript (speech). "
+        "Repeat for more.",
+    ),
+]
+HtmlOption = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="Also write one page to look at.")
+]
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Also write JSON; - for JSON alone on stdout."),
@@ -87,6 +109,53 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"expected KEY=VALUE, got {pair!r}", param_hint="--set")
         settings[key.strip()] = value.strip()
     return settings
+
+
+def parse_share(text: str | None, option: str) -> float | None:
+    """``1%`` or ``0.01`` as a number; None stays None."""
+    if text is None:
+        return None
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected a share like 1% or 0.01, got {text!r}", param_hint=option
+        ) from None
+    return number / 100 if text.endswith("%") else number
+
+
+def parse_seconds(text: str) -> float:
+    """``90s``, ``10m``, ``2h`` or plain seconds."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
+    try:
+        seconds = float(text[:-1] if unit else text) * (unit or 1.0)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < float("inf"):
+        raise typer.BadParameter(
+            f"expected a time like 90s, 10m or 2h, got {text!r}", param_hint="--time-limit"
+        )
+    return seconds
+
+
+def check_outputs(files: Mapping[str, str | None]) -> None:
+    """Fail before the work if a file can't be written, or would be written twice.
+
+    Args:
+        files: By the option that names them; drawings are those of ``--plot``.
+    """
+    for option, target in files.items():
+        if target == "-" and option != "--json":
+            raise typer.BadParameter("only --json goes to stdout; name a file", param_hint=option)
+        check_writable(target, option)
+    plot = files.get("--plot")
+    if plot is not None and Path(plot).suffix.lower() not in (".png", ".svg"):
+        raise typer.BadParameter(
+            f"expected a name that ends in .png or .svg, got {plot}", param_hint="--plot"
+        )
+    real = [Path(target).resolve() for target in files.values() if target not in (None, "-")]
+    if len(set(real)) < len(real):
+        raise typer.BadParameter("each must be a file of its own", param_hint="/".join(files))
 
 
 def check_writable(target: str | None, option: str = "--json") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +23,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mra_cli.cli._colours import COLOURS
 from mra_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from mra_cli.analyze import Progress as ProgressFunction
     from mra_cli.bench.report import BenchReport
     from mra_cli.compare.report import CompareReport
     from mra_cli.environment import Environment
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from mra_cli.figures import Figures
     from mra_cli.loading import Answer
     from mra_cli.plan import Plan
-    from mra_cli.report import AnalyzeReport, BudgetFigures, SiteFigures
+    from mra_cli.progress import Progress as ProgressFunction
+    from mra_cli.report import AnalyzeReport
+    from mra_cli.search import SearchReport
     from mra_cli.sites import Site
     from mra_cli.verify import VerifyReport
 
-_COLOURS = {"patch": "green", "yes": "green", "with care": "yellow", "no": "red", "refused": "red"}
 _PIPE_WIDTH = 120
 
 
@@ -105,7 +106,7 @@ class Output:
         for name in ("#", "site", "kind", "heads", "head dim", "window", "extras", "verdict"):
             table.add_column(name, justify="right" if name in ("#", "window") else "left")
         for number, site in enumerate(sites):
-            verdict = f"[{_COLOURS.get(site.verdict, 'dim')}]{site.verdict}[/]"
+            verdict = f"[{COLOURS.get(site.verdict, 'dim')}]{site.verdict}[/]"
             table.add_row(
                 str(number),
                 escape(site.name),
@@ -126,30 +127,16 @@ class Output:
         )
         self._write(json.dumps({"model": model, "sites": [asdict(s) for s in sites]}, indent=2))
 
-    def analysis(self, report: AnalyzeReport) -> None:
+    def analysis(self, report: AnalyzeReport, *, html: str | None) -> None:
         """The tables and verdicts of `analyze`."""
-        origin = report.provenance
-        length = f"{origin.seq_len} tokens of " if origin.seq_len else ""
-        settings = {k: v for k, v in report.method.items() if k != "method" and v is not None}
-        self._out.print(
-            escape(
-                f"{origin.model} ({origin.model_class}, {origin.dtype}), method "
-                f"{report.method['method']} "
-                f"({', '.join(f'{k}={_short(v)}' for k, v in settings.items())})"
-            ),
-            style="bold",
-        )
-        self._out.print(
-            escape(
-                f"{origin.samples} x {length}{origin.inputs}; "
-                f"{origin.threads} threads, {origin.machine}, torch {origin.torch}"
-            ),
-            style="dim",
-        )
-        self._out.print(_site_table(report))
-        self._out.print(_budget_table(report))
+        from mra_cli.cli import _analysis_tables as tables
+
+        for line, style in tables.heading(report):
+            self._out.print(escape(line), style=style)
+        for table in tables.tables(report):
+            self._out.print(table)
         for figures in report.by_budget:
-            colour = _COLOURS[figures.verdict]
+            colour = COLOURS[figures.verdict]
             self._out.print(
                 f"[bold {colour}]Budget {figures.budget:g}.[/] {escape(figures.summary)}"
             )
@@ -158,6 +145,38 @@ class Output:
             f"Took {report.seconds:.1f} s after loading; at most {memory:.2f} GiB of memory.",
             style="dim",
         )
+        if html is not None:
+            from mra_cli.pages import analyze_page
+
+            self._save(html, analyze_page(report))
+        self._write(report.to_json())
+
+    def search(
+        self, report: SearchReport, *, plan: str, plot: str | None, html: str | None
+    ) -> None:
+        """The tables and the answer of `search`; the plan goes to a file if there is one."""
+        from mra_cli.cli import _search_tables as tables
+
+        for line, style in tables.heading(report):
+            self._out.print(escape(line), style=style)
+        for table in tables.tables(report):
+            self._out.print(table)
+        colour = COLOURS["no" if report.plan is None else "yes"]
+        self._out.print(escape(report.answer), style=f"bold {colour}")
+        for line in tables.remarks(report):
+            self._out.print(escape(line))
+        self._out.print(f"Took {report.seconds:.1f} s after loading.", style="dim")
+        made = report.made_plan()
+        if made is not None:
+            self._save(plan, made.to_json() + "\n")
+        if plot is not None:
+            from mra_cli.search.plots import draw
+
+            self._save(plot, draw(report, Path(plot).suffix.removeprefix(".").lower()))
+        if html is not None:
+            from mra_cli.pages import search_page
+
+            self._save(html, search_page(report))
         self._write(report.to_json())
 
     def show(self, blocks: Iterable[Table | tuple[str, str]], text: str) -> None:
@@ -313,35 +332,6 @@ class Output:
         self._talk.print(escape(f"wrote {path}"), style="dim")
 
 
-def _site_table(report: AnalyzeReport) -> Table:
-    table = Table(title="Attention output, layer by layer (each layer fed exactly)")
-    table.add_column("#", justify="right")
-    table.add_column("site", overflow="fold")
-    table.add_column("kind")
-    table.add_column("exact ms", justify="right")
-    budgets = [figures.budget for figures in report.by_budget]
-    for budget in budgets:
-        table.add_column(f"budget {budget:g}\nerror  mass    ms", justify="right")
-    by_key = {(row.site, row.budget): row for row in report.by_site}
-    for number, site in enumerate(report.sites):
-        rows = [by_key.get((site.name, budget)) for budget in budgets]
-        first = next((row for row in rows if row is not None), None)
-        if first is None:
-            cells = [f"[dim]exact{': ' + escape(site.reason) if site.reason else ''}[/]"]
-            table.add_row(str(number), escape(site.name), site.kind, "", *cells)
-            continue
-        table.add_row(
-            str(number),
-            escape(site.name),
-            site.kind,
-            f"{first.exact_ms:.1f}",
-            *(_cell(row) for row in rows),
-        )
-    table.add_section()
-    table.add_row("", "mean", "", *_mean_row(report, budgets))
-    return table
-
-
 def _plan_table(title: str, plan: Plan, figures: Figures | None) -> Table:
     table = Table(title=escape(title))
     for name in ("#", "site", "method", "budget", "exact below", "density", "error"):
@@ -361,70 +351,5 @@ def _plan_table(title: str, plan: Plan, figures: Figures | None) -> Table:
     return table
 
 
-def _cell(row: SiteFigures | None) -> str:
-    if row is None:
-        return ""
-    from mra_cli.analyze import GOOD_ERROR, POOR_ERROR
-
-    colour = "green" if row.error <= GOOD_ERROR else "red" if row.error > POOR_ERROR else "yellow"
-    return f"[{colour}]{row.error:.3f}[/]  {100 * row.mass:3.0f}%  {row.method_ms:5.1f}"
-
-
-def _mean_row(report: AnalyzeReport, budgets: list[float]) -> list[str]:
-    cells = []
-    exact = 0.0
-    for budget in budgets:
-        rows = [row for row in report.by_site if row.budget == budget]
-        error, mass, took, exact = (
-            sum(getattr(row, name) for row in rows) / len(rows)
-            for name in ("error", "mass", "method_ms", "exact_ms")
-        )
-        cells.append(f"{error:.3f}  {100 * mass:3.0f}%  {took:5.1f}")
-    return [f"{exact:.1f}", *cells]
-
-
-def _budget_table(report: AnalyzeReport) -> Table:
-    table = Table(title="The whole model, approximated at all these layers together")
-    damage = report.by_budget[0].damage
-    columns: dict[str, Callable[[BudgetFigures], str]] = {
-        "budget": lambda f: f"{f.budget:g}",
-        "density": lambda f: f"{f.density:.3f}",
-        "error": lambda f: f"{f.error:.3f}",
-    }
-    if damage.loss is not None:
-        columns |= {
-            "loss (exact)": lambda f: f"{f.damage.loss:.4f} ({f.damage.loss_exact:.4f})",
-            "perplexity (exact)": lambda f: (
-                f"{f.damage.perplexity:.3f} ({f.damage.perplexity_exact:.3f})"
-            ),
-        }
-    if damage.kl is not None:
-        columns |= {
-            "KL, nats": lambda f: f"{f.damage.kl:.4f}",
-            "top-1 same": lambda f: f"{100 * (f.damage.top1_agreement or 0):.1f} %",
-        }
-    if damage.cosine_mean is not None:
-        columns |= {
-            "embedding cosine": lambda f: f"{f.damage.cosine_mean:.4f}",
-            "lowest": lambda f: f"{f.damage.cosine_min:.4f}",
-        }
-    if damage.output_change is not None:
-        columns["output change"] = lambda f: f"{100 * (f.damage.output_change or 0):.1f} %"
-    columns |= {
-        "attention": lambda f: f"{f.exact_ms / f.method_ms:.2f}x speed",
-        "peak MiB (exact)": lambda f: f"{f.method_bytes / 2**20:.1f} ({f.exact_bytes / 2**20:.1f})",
-        "verdict": lambda f: f"[{_COLOURS[f.verdict]}]{f.verdict}[/]",
-    }
-    for name in columns:
-        table.add_column(name, justify="right")
-    for figures in report.by_budget:
-        table.add_row(*(show(figures) for show in columns.values()))
-    return table
-
-
 def _pair(first: int, second: int, other: str) -> str:
     return str(first) if first == second else f"{first} {other.format(second)}"
-
-
-def _short(value: object) -> str:
-    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

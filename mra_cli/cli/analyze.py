@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from mra_cli.cli._options import (
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
     LayersOption,
     MethodOption,
@@ -18,8 +18,10 @@ from mra_cli.cli._options import (
     SeedOption,
     SeqLenOption,
     SettingsOption,
+    TaskOption,
+    TextsOption,
     TrustOption,
-    check_writable,
+    check_outputs,
     parse_budgets,
     parse_settings,
 )
@@ -33,15 +35,21 @@ def analyze(
     ] = "0.1,0.25,0.5",
     seq_len: SeqLenOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 4,
-    text: Annotated[
-        Path | None,
-        typer.Option("--text", help="Your own text, UTF-8.", show_default="Python's help texts"),
-    ] = None,
+    text: TextsOption = None,
+    task: TaskOption = None,
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast/--no-forecast",
+            help="Run each layer alone, too, and foretell what plans of mixed budgets do.",
+        ),
+    ] = True,
     layers: LayersOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    html: HtmlOption = None,
     json: JsonOption = None,
     trust_remote_code: TrustOption = False,
     allow_pickle: PickleOption = False,
@@ -49,15 +57,16 @@ def analyze(
     """Measure, layer by layer and for the whole MODEL, what approximating its attention does."""
     budgets = parse_budgets(budget)
     chosen = parse_settings(settings or [])
-    check_writable(json)
-    from mra_cli import inputs
+    check_outputs({"--json": json, "--html": html})
     from mra_cli.analyze import analyze as run
     from mra_cli.checkpoint import load_checkpoint
     from mra_cli.cli._output import Output
+    from mra_cli.evaluate import make_task
     from mra_cli.methods import make_method
+    from mra_cli.texts import read_texts, samples_of
 
     operator = make_method(method, budgets[0], dict(chosen))
-    content = inputs.read_text(text) if text is not None else None
+    texts = read_texts(text or [])
     out = Output(json)
     with out.working("loading"):
         checkpoint = load_checkpoint(
@@ -67,17 +76,25 @@ def analyze(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-    windows = inputs.make_samples(
-        checkpoint,
-        text=content,
-        text_name=str(text) if text is not None else inputs.DEFAULT_TEXT_NAME,
-        seq_len=seq_len,
-        count=samples,
-        seed=seed,
+    windows = samples_of(
+        checkpoint, texts if text else None, seq_len=seq_len, count=samples, seed=seed
     )
+    content = texts[0].content
+    tasks = [
+        make_task(spec, checkpoint, windows, content, count=samples, seed=seed)
+        for spec in task or []
+    ]
     out.compiled()
     with out.progress() as progress:
         report = run(
-            checkpoint, windows, operator, budgets, layers=layers, seed=seed, progress=progress
+            checkpoint,
+            windows,
+            operator,
+            budgets,
+            layers=layers,
+            tasks=tasks,
+            forecast=forecast,
+            seed=seed,
+            progress=progress,
         )
-    out.analysis(report)
+    out.analysis(report, html=html)

@@ -14,6 +14,7 @@ from mra_cli.cli._options import (
     JsonOption,
     PickleOption,
     TrustOption,
+    check_outputs,
     parse_budgets,
     parse_settings,
 )
@@ -81,7 +82,7 @@ def bench(
     options.refuse({"--backward": backward} if decode else {}, "can't go with --decode")
     budgets, chosen = parse_budgets(budget), parse_settings(settings or [])
     lengths = options.parse_lengths(seq_len) if seq_len is not None else None
-    options.check_outputs(json, csv, plot)
+    check_outputs({"--json": json, "--csv": csv, "--plot": plot})
 
     from mra_cli.bench.plots import check_can_draw
     from mra_cli.cli._output import Output

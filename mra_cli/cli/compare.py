@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mra_cli.cli._bench_options import PlotOption, check_outputs
+from mra_cli.cli._bench_options import PlotOption
 from mra_cli.cli._options import (
     DeviceOption,
     DtypeOption,
@@ -16,6 +16,7 @@ from mra_cli.cli._options import (
     PickleOption,
     SeedOption,
     TrustOption,
+    check_outputs,
     parse_budgets,
     parse_settings,
 )
@@ -69,7 +70,7 @@ def compare(
 ) -> None:
     """Compare approximations of attention in MODEL: error, harm, time and memory at equal cost."""
     budgets, chosen = parse_budgets(budget), parse_settings(settings or [])
-    check_outputs(json, None, plot)
+    check_outputs({"--json": json, "--plot": plot})
     from mra_cli import inputs
     from mra_cli.bench.plots import check_can_draw
     from mra_cli.checkpoint import load_checkpoint

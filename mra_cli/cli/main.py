@@ -19,6 +19,7 @@ from mra_cli.cli.explain import explain
 from mra_cli.cli.fold import fold
 from mra_cli.cli.patch import patch
 from mra_cli.cli.run import run
+from mra_cli.cli.search import search
 from mra_cli.cli.verify import verify
 from mra_cli.errors import MraError
 
@@ -34,6 +35,7 @@ app.command()(compare)
 app.command()(calibrate)
 app.command()(explain)
 app.command()(fold)
+app.command()(search)
 app.command()(bench)
 app.command()(env)
 app.command()(patch)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mra_cli.analyze import Progress, choose_sites
+from mra_cli.analyze import choose_sites
 from mra_cli.calls import AttentionCall
 from mra_cli.causality import lookahead
 from mra_cli.checkpoint import Checkpoint
@@ -35,6 +35,7 @@ from mra_cli.methods.base import exact_products
 from mra_cli.methods.rows import visible_mean
 from mra_cli.patching import intercepted, patched
 from mra_cli.plan import Plan
+from mra_cli.progress import Progress
 from mra_cli.report import Provenance
 from mra_cli.sites import Site, find_sites
 

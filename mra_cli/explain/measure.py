@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mra_cli.analyze import Progress, choose_sites
+from mra_cli.analyze import choose_sites
 from mra_cli.calls import AttentionCall
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
@@ -19,6 +19,7 @@ from mra_cli.explain.weights import approximated_rows, exact_rows, legal_rows
 from mra_cli.inputs import Samples, probe
 from mra_cli.methods import Method, check_model
 from mra_cli.patching import intercepted
+from mra_cli.progress import Progress
 from mra_cli.report import Provenance
 from mra_cli.sites import Site, find_sites
 

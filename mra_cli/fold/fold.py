@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mra_cli.analyze import Progress, choose_sites
+from mra_cli.analyze import choose_sites
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import ExportError, InputError
 from mra_cli.evaluate import Judge
@@ -23,6 +23,7 @@ from mra_cli.fold.projections import Projections, Watched, Watcher
 from mra_cli.fold.report import FoldReport
 from mra_cli.fold.variants import Variant, fit
 from mra_cli.inputs import Samples, probe
+from mra_cli.progress import Progress
 from mra_cli.report import Provenance
 from mra_cli.sites import find_sites, output_tensors
 from mra_cli.staging import staged
