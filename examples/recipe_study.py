@@ -56,10 +56,10 @@ class Rule:
 
 
 RULES = {
-    "mra": Rule(),
+    "mra": Rule(rank=24),
+    "16 features": Rule(),
     "true mass (oracle)": Rule(probe="oracle"),
     "all features": Rule(rank=None),
-    "24 features": Rule(rank=24),
     "8 features": Rule(rank=8),
     "2 queries a probe": Rule(probe=2, rank=None),
     "4 queries a probe": Rule(probe=4, rank=None),

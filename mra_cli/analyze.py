@@ -40,7 +40,7 @@ def analyze(
     *,
     layers: str | None = None,
     tasks: Sequence[Task] = (),
-    forecast: bool = True,
+    forecast: bool = False,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> AnalyzeReport:

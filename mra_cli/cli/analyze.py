@@ -40,10 +40,10 @@ def analyze(
     forecast: Annotated[
         bool,
         typer.Option(
-            "--forecast/--no-forecast",
+            "--forecast",
             help="Run each layer alone, too, and foretell what plans of mixed budgets do.",
         ),
-    ] = True,
+    ] = False,
     layers: LayersOption = None,
     settings: SettingsOption = None,
     dtype: DtypeOption = None,

@@ -354,8 +354,10 @@ def setting(key: str, value: Any, kind: Any) -> Any:
         _expect(key, value, good and not isinstance(number, bool), f"a number like {example}")
         return kind(number)
     if typed:
-        numbers = tuple(_number(part, int) for part in value.split(","))
-        _expect(key, value, None not in numbers, "a number or numbers like 32,1")
+        of = float if float in get_args(kind) else int
+        numbers = tuple(_number(part, of) for part in value.split(","))
+        example = "0.1,0.5" if of is float else "32,1"
+        _expect(key, value, None not in numbers, f"a number or numbers like {example}")
         return numbers
     return value
 

@@ -3,9 +3,11 @@ were not trained with MRA."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from mra_cli.calls import AttentionCall, AttentionResult
+from mra_cli.errors import InputError
 from mra_cli.methods.base import About
 from mra_cli.methods.mra import MraFamily
 from mra_kernels import MraKeysConfig
@@ -28,6 +30,13 @@ class MraKeys(MraFamily):
     config: MraKeysConfig
     impl: Impl = "auto"
 
+    def with_budget(self, budget: float) -> MraKeys:
+        """The same setting with another budget, the same for all heads."""
+        if self.config.head_budgets is None:
+            return super().with_budget(budget)
+        same = dataclasses.replace(self.config, head_budgets=None)
+        return dataclasses.replace(self, config=same).with_budget(budget)
+
     @property
     def about(self) -> About:
         """What the method is, and can do."""
@@ -37,6 +46,12 @@ class MraKeys(MraFamily):
         """Why this call is better left exact (or has to be); None if it need not."""
         if call.mask is None:
             return "its heads have different masks"
+        budgets, heads = self.config.head_budgets, call.query.shape[1]
+        if budgets is not None and len(budgets) != heads:
+            raise InputError(
+                f"head_budgets must be {heads} numbers, one a head, got {len(budgets)}; "
+                "name layers of so many heads, or leave it out"
+            )
         least = 2 * self.config.rows
         for count, what in ((call.n_queries, "queries"), (call.n_keys, "keys")):
             if count < least:
