@@ -3,7 +3,6 @@ were not trained with MRA."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from mra_cli.calls import AttentionCall, AttentionResult
@@ -31,11 +30,13 @@ class MraKeys(MraFamily):
     impl: Impl = "auto"
 
     def with_budget(self, budget: float) -> MraKeys:
-        """The same setting with another budget, the same for all heads."""
-        if self.config.head_budgets is None:
-            return super().with_budget(budget)
-        same = dataclasses.replace(self.config, head_budgets=None)
-        return dataclasses.replace(self, config=same).with_budget(budget)
+        """The same setting with another budget for all heads."""
+        if self.config.head_budgets is not None:
+            raise InputError(
+                "head_budgets must stand alone, in a plan, and got a budget for all heads beside "
+                "them; leave one out"
+            )
+        return super().with_budget(budget)
 
     @property
     def about(self) -> About:
