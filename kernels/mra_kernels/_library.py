@@ -121,6 +121,12 @@ def floats(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def bits_of(bitmap: Tensor) -> Tensor:
+    """Each bit of an int64 bitmap, lowest first, bool ``[..., 64 * words]``."""
+    each = torch.arange(8, dtype=torch.uint8)
+    return (bitmap.contiguous().view(torch.uint8)[..., None] >> each & 1).bool().flatten(-2)
+
+
 def rows_of(tensor: Tensor) -> RowsStruct:
     return RowsStruct(tensor.data_ptr(), *tensor.stride()[:3])
 

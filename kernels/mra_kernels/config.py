@@ -102,7 +102,7 @@ class MraKeysConfig:
             estimated; at ``head_dim`` and above they are exact.
         tail: What keys left behind contribute. ``pooled``: one score for all queries of a block.
             ``tilted``: their log-sum-exp at the mean query, and its gradient times a query's
-            distance from the mean.
+            distance from the mean; with a soft-cap, like ``pooled``.
         first_keys: Prior: so many first keys go first.
         head_budgets: A budget for each query head instead of the same for all.
         grid: As in `MraAttentionConfig`.

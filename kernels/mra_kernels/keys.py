@@ -87,7 +87,6 @@ def keys_reference(
     dtype = query.dtype if query.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(dtype) for x in (query, key, value))
     rows = config.rows
-    blocks = list(_query_blocks(mask, rows, batch_size, heads * key.shape[2]))
     if choice is None:
         with torch.no_grad():
             choice = choose_keys(q, k, mask, config, rule)
@@ -95,7 +94,7 @@ def keys_reference(
     per_kv = heads // key.shape[1]
     k, v = (x.repeat_interleave(per_kv, 1) if per_kv > 1 else x for x in (k, v))
     outputs, masses = [], []
-    for block in blocks:
+    for block in _query_blocks(mask, rows, batch_size, heads * key.shape[2]):
         tiles = slice(block.first // rows, -(-block.last // rows))
         own = q[:, :, block.first : block.last]
         fine = _opened_part(own, k, v, block, each_row(opened[:, :, tiles], own, rows), rule)
@@ -151,7 +150,7 @@ def choose_keys(
                 chosen = _nearest_affordable(distance[b, h][mine][offered], prices, budget)
                 opened[b, h, mine] |= torch.zeros_like(offered).masked_scatter(offered, chosen)
     return KeyChoice(
-        rows, lambda: opened, lambda: _choice_figures(opened, seen, is_whole, cut, padding, mask)
+        rows, lambda: opened, lambda: _choice_figures(opened, seen, is_whole, cut, padding)
     )
 
 
@@ -168,8 +167,10 @@ def leading_features(
         Queries ``[B, H, N, rank]`` and keys ``[B, H, M, rank]``; with the rank of the head, all.
     """
     heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
-    mean = _mean_token(key, mask.key_valid)
-    key = key - mean
+    valid = mask.key_valid
+    if valid is None:
+        valid = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
+    key = key - _counted_means(key, valid, key.shape[2])
     if rank >= width:
         return query, key.repeat_interleave(heads // kv_heads, 1)
     of_queries = _second_moment(query, mask.query_valid)
@@ -182,15 +183,6 @@ def leading_features(
     to_keys = lower @ vectors
     grouped = key[:, :, None] @ to_keys.unflatten(1, (kv_heads, -1))
     return query @ to_queries, grouped.flatten(1, 2)
-
-
-def _mean_token(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """``[B, H, 1, D]``."""
-    if valid is None:
-        return tokens.mean(2, keepdim=True)
-    weights = valid.to(tokens.dtype)
-    sums = (tokens * weights[:, None, :, None]).sum(2, keepdim=True)
-    return sums / weights.sum(1).clamp(min=1)[:, None, None, None]
 
 
 def _second_moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
@@ -282,7 +274,8 @@ def _distances(
     if rule.bias is not None:
         logits = logits + rule.bias[:, :, block.first : block.last]
     logits = logits.masked_fill(~block.visible[:, None], -torch.inf)
-    below = logits - normaliser(logits, block.visible[:, None])[..., None]
+    below = logits - logits.logsumexp(-1, keepdim=True)
+    # Rows that see nothing, whose log-sum-exp is -inf, say nothing.
     below = below.masked_fill(
         ~(block.counted & block.visible.any(-1))[:, None, :, None], -torch.inf
     )
@@ -294,12 +287,6 @@ def _distances(
         first = mask.key_valid.int().argmax(1, keepdim=True)
     favoured = keys < first + config.first_keys
     return steps.masked_fill(favoured[:, None, None], 0).to(torch.uint8)
-
-
-def normaliser(logits: Tensor, visible: Tensor) -> Tensor:
-    """Log-sum-exp of each row over its visible keys, ``[..., rows]``; -inf becomes 0."""
-    lse = logits.logsumexp(-1)
-    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _nearest_affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:
@@ -316,7 +303,7 @@ def _nearest_affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:
 
 
 def _choice_figures(
-    opened: Tensor, seen: Tensor, whole: Tensor, cut: Tensor, padding: Tensor, mask: AttentionMask
+    opened: Tensor, seen: Tensor, whole: Tensor, cut: Tensor, padding: Tensor
 ) -> tuple[Tensor, Tensor, int, int, int]:
     real = seen * ~padding[..., None]
     total = real.sum((-2, -1)).clamp(min=1)[:, None]

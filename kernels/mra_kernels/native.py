@@ -20,6 +20,7 @@ from mra_kernels._library import (
     LevelStruct,
     ScratchStruct,
     bias_of,
+    bits_of,
     block_means,
     call_of,
     floats,
@@ -179,9 +180,7 @@ def _listed(
     bits: Tensor, queries: Tensor, keys: Tensor, side: int, mask: AttentionMask, rule: ScoreRule
 ) -> BlockPairs:
     """The pairs whose bit is set."""
-    each = torch.arange(8, dtype=torch.uint8)
-    chosen = (bits.contiguous().view(torch.uint8)[..., None] >> each & 1).bool().flatten(2)
-    head, row, col = chosen.nonzero(as_tuple=True)
+    head, row, col = bits_of(bits).nonzero(as_tuple=True)
     legal = mask.tile_counts(head // queries.shape[1], row, col, side)
     pairs = BlockPairs(side, head, row, col, legal, queries.new_empty(0))
     return BlockPairs(side, head, row, col, legal, pair_logits(pairs, queries, keys, mask, rule))

@@ -12,6 +12,7 @@ from mra_kernels._library import (
     EstimateStruct,
     LevelStruct,
     bias_of,
+    bits_of,
     block_means,
     call_of,
     floats,
@@ -79,9 +80,7 @@ def keys_native(
     output = for_blind_rows(output, v, mask, sinks)
 
     def opened() -> Tensor:
-        each = torch.arange(8, dtype=torch.uint8)
-        chosen = (bits[0].view(torch.uint8)[..., None] >> each & 1).bool().flatten(-2)
-        return chosen[..., :n_keys].unflatten(0, (batch_size, heads))
+        return bits_of(bits[0])[..., :n_keys].unflatten(0, (batch_size, heads))
 
     def figures() -> tuple[Tensor, Tensor, int, int, int]:
         exact, forced, of_all, left = tally.unbind(1)

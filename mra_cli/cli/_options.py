@@ -54,7 +54,7 @@ MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="A setting of the method, like coarse=per_query."
+        "--set", metavar="KEY=VALUE", help="A setting of the method, like rank=32."
     ),
 ]
 TextsOption = Annotated[

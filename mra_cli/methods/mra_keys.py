@@ -65,6 +65,7 @@ class MraKeys(MraFamily):
         assert isinstance(plan, KeyChoice)
         exact, left, estimated = plan.counts
         width, value_width = call.query.shape[-1], call.value.shape[-1]
-        of_tail = width + value_width + (width if self.config.tail == "tilted" else 0)
+        tilted = self.config.tail == "tilted" and call.softcap is None
+        of_tail = width + value_width + (width if tilted else 0)
         rank = min(self.config.rank, width)
         return exact * (width + value_width) + estimated * rank + left * of_tail

@@ -227,7 +227,7 @@ struct Chooser {
     std::vector<Tally> apart(n_heads * 2, Tally{0, 0, 0, 0});
 #pragma omp parallel num_threads(call.threads)
     {
-      std::vector<float> scores(level.side * estimate.padded + LANES), normaliser(level.side);
+      std::vector<float> scores(level.side * estimate.padded), normaliser(level.side);
 #pragma omp for schedule(dynamic, 4)
       for (int64_t t = 0; t < n_heads * level.rows; ++t) {
         const int64_t head = first_head + t / level.rows, b = head / call.heads;
