@@ -53,9 +53,7 @@ METHOD_HELP = "A name, like mra, mra2 or smyrf: see README, Methods."
 MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 SettingsOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="A setting of the method, like rank=32."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, like rank=32."),
 ]
 TextsOption = Annotated[
     list[str] | None,
