@@ -110,12 +110,18 @@ class Emitter:
     def loops(self, shape: Sequence[int], body: Callable[[Index], str]) -> None:
         """``body`` for every index of ``shape``."""
         index = [self.name("i") if extent > 1 else "0" for extent in shape]
-        inner = [(i, extent) for i, extent in zip(index, shape, strict=True) if extent > 1]
+        inner = [(i, n) for i, n in zip(index, shape, strict=True) if n > 1]
+        text = body(index)
+        if len(inner) > 3:  # sorting folds tiles until each axis has two elements
+            steps = contiguous([n for _, n in inner])
+            parts = zip(inner, steps, strict=True)
+            text = " ".join(f"int {i} = flat / {step} % {n};" for (i, n), step in parts) + text
+            inner = [("flat", steps[0] * inner[0][1])]
         for place, (i, extent) in enumerate(inner):
             if place == len(inner) - 1:
                 self.emit("#pragma GCC ivdep")
             self.emit(f"for (int {i} = 0; {i} < {extent}; {i}++)")
-        self.emit("{ " + body(index) + " }")
+        self.emit("{ " + text + " }")
 
     # --- values ------------------------------------------------------------------------------
 
