@@ -38,7 +38,7 @@ _MATH = {
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _ORDERED = {"u" + name: sign for name, sign in _COMPARED.items()}  # u: true of NaN as well
 _CASTS = ("extsi", "extui", "trunci", "sitofp", "uitofp", "fptosi", "fptoui", "extf", "truncf")
-_SKIPPED = ("tt.assert", "tt.print", "llvm.intr.assume", "gpu.barrier")
+_SKIPPED = ("tt.assert", "tt.print", "llvm.intr.assume", "ttg.barrier")
 
 
 def emit_op(to: Emitter, op: Op) -> None:
