@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from mra_kernels import native
+from mra_kernels import _triton, native
 from mra_kernels.config import MraAttentionConfig, MraKeysConfig
 from mra_kernels.decode import KeyPyramid
 from mra_kernels.keys import KeyChoice, keys_reference
@@ -17,7 +17,7 @@ from mra_kernels.reference import mra_reference
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import Selection
 
-Impl = Literal["auto", "native", "reference"]
+Impl = Literal["auto", "native", "triton", "reference"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,8 @@ def mra_attention(
         sinks: Logits that only feed the denominator, ``[H]``.
         bias: Added to the logits, ``[B or 1, H or 1, N, M]``.
         impl: ``reference`` (plain torch, every device and dtype, gradients), ``native`` (C++ on
-            CPUs), or ``auto``: the fastest that can take the call, named in the result.
+            CPUs), ``triton`` (GPUs, two resolutions, gradients), or ``auto``: the fastest that can
+            take the call, named in the result.
         selection: The blocks or keys to open, from another call with the same config and mask,
             instead of choosing them; ``reference`` only.
         pyramid: Block means of these keys and values, kept from call to call (`KeyPyramid`), for a
@@ -94,7 +95,7 @@ def mra_attention(
         # Empty slots see nothing, so that they cost nothing.
         mask = AttentionMask(full.start, full.stop * layout.filled, slots, filled, filled)
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, bias)
-    impl = _resolved(impl, (query, key, value, sinks, bias), mask, selection)
+    impl = _resolved(impl, (query, key, value, sinks), mask, config, bias, selection)
     call = query, key, value, mask
     plan: Selection | KeyChoice
     if isinstance(config, MraKeysConfig):
@@ -107,6 +108,8 @@ def mra_attention(
         assert not isinstance(selection, KeyChoice)
         if impl == "native":
             output, lse, plan = native.mra_native(*call, config, rule, sinks, pyramid)
+        elif impl == "triton":
+            output, lse, plan = _triton.mra_triton(*call, config, rule, sinks)
         else:
             output, lse, plan = mra_reference(*call, config, rule, sinks, selection)
     if layout is not None:
@@ -116,23 +119,48 @@ def mra_attention(
 
 def implementations() -> dict[str, str | None]:
     """Every implementation by name: None if it can be used here, else one line saying why not."""
-    return {"native": native.reason_against(), "reference": None}
+    reasons = {"native": native.reason_against(), "triton": _triton.reason_here()}
+    return {**reasons, "reference": None}
+
+
+def reason_against(
+    impl: str,
+    *tensors: Tensor | None,
+    mask: AttentionMask | None = None,
+    config: MraAttentionConfig | MraKeysConfig | None = None,
+    bias: Tensor | None = None,
+) -> str | None:
+    """Why an implementation can't take a call, in one line; None if it can.
+
+    Args:
+        impl: ``native``, ``triton`` or ``reference``.
+        tensors: Queries, keys, values, sinks: those there are.
+        mask, config, bias: As in `mra_attention`.
+    """
+    if impl == "native":
+        return native.reason_against(*tensors, bias, mask=mask)
+    if impl == "triton":
+        return _triton.reason_against(*tensors, mask=mask, config=config, bias=bias)
+    return None
 
 
 def _resolved(
     impl: Impl,
     tensors: tuple[Tensor | None, ...],
     mask: AttentionMask,
+    config: MraAttentionConfig | MraKeysConfig,
+    bias: Tensor | None,
     selection: Selection | KeyChoice | None,
 ) -> Impl:
-    if impl == "reference":
-        return impl
-    reason = native.reason_against(*tensors, mask=mask)
-    if selection is not None:
-        reason = "native chooses its own blocks; leave selection out"
-    if impl == "native" and reason is not None:
+    # On CPUs Triton runs in its interpreter, for tests only.
+    fast: Impl = "native" if tensors[0] is None or tensors[0].device.type == "cpu" else "triton"
+    wanted = fast if impl == "auto" else impl
+    reason = reason_against(wanted, *tensors, mask=mask, config=config, bias=bias)
+    if selection is not None and wanted != "reference":
+        reason = f"{wanted} chooses its own blocks; leave selection out"
+    if impl == wanted and reason is not None:
         raise ValueError(f"{reason}; or use impl='reference'")
-    return "native" if reason is None else "reference"
+    return wanted if reason is None else "reference"
 
 
 def _image_layout(

@@ -1,0 +1,119 @@
+"""The operator on GPUs, in Triton. Only the modules below this one import triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mra_kernels.config import MraAttentionConfig, MraKeysConfig
+from mra_kernels.masks import AttentionMask
+
+if TYPE_CHECKING:
+    from mra_kernels.scores import ScoreRule
+    from mra_kernels.selection import Selection
+
+SIDES = (16, 32, 64)
+WIDEST = 256
+_MOST_PAIRS, _MOST_ENTRIES = 1 << 27, 1 << 36
+
+__all__ = ["mra_triton", "reason_against", "reason_here", "runs_on_cpu"]
+
+
+def reason_against(
+    *tensors: Tensor | None,
+    mask: AttentionMask | None = None,
+    config: MraAttentionConfig | MraKeysConfig | None = None,
+    bias: Tensor | None = None,
+) -> str | None:
+    """Why the kernels can't take this call, in one line; None if they can.
+
+    Args:
+        tensors: Queries, keys, values, sinks: those there are.
+        mask, config, bias: As in `mra_kernels.mra_attention`; None: not asked about.
+    """
+    given = [x for x in tensors if x is not None]
+    for reason in (_unusable(), _against_config(config), _against_tensors(given)):
+        if reason is not None:
+            return reason
+    if bias is not None:
+        return "triton has no kernel for a bias"
+    if mask is not None and mask.dense is not None:
+        return "triton takes masks that are intervals and padding, not any matrix"
+    if mask is not None and isinstance(config, MraAttentionConfig):
+        entries, side = mask.n_queries * mask.n_keys, config.resolutions[0]
+        if entries > _MOST_ENTRIES or entries / side**2 > _MOST_PAIRS:
+            return f"triton counts {_MOST_ENTRIES:.1e} entries and {_MOST_PAIRS:.1e} blocks a head"
+    return None
+
+
+def _against_config(config: MraAttentionConfig | MraKeysConfig | None) -> str | None:
+    if isinstance(config, MraKeysConfig):
+        return "triton has no kernel for single keys ('mra'), only for blocks ('mra2', 'mra2s')"
+    if config is not None and len(config.resolutions) != 2:
+        return f"triton takes two resolutions like (32, 1), got {config.resolutions}"
+    if config is not None and config.resolutions[0] not in SIDES:
+        return f"triton takes blocks of 16, 32 or 64, got {config.resolutions[0]}"
+    return None
+
+
+def _against_tensors(given: list[Tensor]) -> str | None:
+    for tensor in given:
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"triton takes float16, bfloat16 and float32, got {tensor.dtype}"
+        if tensor.shape[-1] > WIDEST and tensor.ndim == 4:
+            return f"triton takes heads up to {WIDEST} wide, got {tensor.shape[-1]}"
+        if tensor.device.type not in ("cuda", "meta") and not runs_on_cpu():
+            return "triton runs on GPUs only"
+    return None
+
+
+def runs_on_cpu() -> bool:
+    """Triton's interpreter is on (TRITON_INTERPRET=1), or a test brought an executor."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    from mra_kernels._triton import tuning
+
+    return tuning.LAUNCHER is not tuning.on_device
+
+
+def reason_here() -> str | None:
+    """Why the kernels can't run on this machine, in one line; None if they can."""
+    reason = _unusable()
+    if reason is None and not torch.cuda.is_available() and not runs_on_cpu():
+        return "triton needs a GPU that torch can use; there is none here"
+    return reason
+
+
+@functools.cache
+def _unusable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux)"
+    return None
+
+
+def mra_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    config: MraAttentionConfig,
+    rule: ScoreRule,
+    sinks: Tensor | None,
+    means: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Selection]:
+    """MRA attention; arguments and results as in `mra_reference`, lse in float32.
+
+    Gradients reach queries, keys, values and sinks, not through lse.
+
+    Args:
+        means: Means of the blocks of these keys and values, float32 ``[B, Hkv, C, D]``; None: work
+            them out.
+    """
+    from mra_kernels._triton import autograd
+
+    return autograd.mra_triton(query, key, value, mask, config, rule, sinks, means)

@@ -1,0 +1,232 @@
+"""Attention over the opened blocks, entry by entry, and the coarse term, in one online softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mra_kernels._triton import tuning
+from mra_kernels._triton.lists import keys_of, visible_keys, write_list
+from mra_kernels._triton.mask_tables import MaskTables
+from mra_kernels._triton.plan import Plan, Settings
+from mra_kernels._triton.primitives import (
+    LN_2,
+    LOG2_E,
+    ROW_FACTS,
+    block_row_facts,
+    load_all_rows,
+    load_rows,
+    logits_of,
+    softmax_step,
+    softmax_step_whole,
+    store_rows,
+)
+
+CHUNK = 512
+"""Key blocks listed at a time: bounds the list of a tile, whatever the length."""
+
+COARSE = {"none": 0, "pooled": 1, "per_query": 2}
+"""How kernels call the kinds of coarse terms."""
+
+
+@triton.jit
+def _list_step(
+    q, K, V, key, who, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
+    peak, mass, weighted,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if MASKED:
+        k = load_rows(K, key, skn, key < m, D, DP)
+        v = load_rows(V, key, svn, key < m, DV, DVP)
+    else:
+        k = load_all_rows(K, key, skn, D, DP)
+        v = load_all_rows(V, key, svn, DV, DVP)
+    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if FOLD and not MASKED:
+        peak, mass, weighted = softmax_step_whole(
+            dots, scaling * LOG2_E, v, peak, mass, weighted, PRECISION
+        )
+    else:
+        logits = logits_of(dots, scaling, softcap, CAPPED) * LOG2_E
+        if MASKED:
+            visible = visible_keys(key, who, begin, stop, local, KEY_VALID, m)
+            logits = tl.where(visible, logits, float("-inf"))
+        peak, mass, weighted = softmax_step(logits, v, peak, mass, weighted, PRECISION)
+    return peak, mass, weighted
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, OUTPUT, LSE, TOTAL, OPEN, ROWS, KEYS, INTERVALS, KEY_VALID,
+    K_MEANS, V_MEANS, PEAK, MASS, WEIGHTED, SINKS, LISTS,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
+    heads, n, m, rows, cols, words, mask_step, scaling, softcap,
+    GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    COARSE: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of ``BM`` queries, batch * heads)."""
+    # The last tiles of a causal mask have most to do: they go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    which = tl.program_id(1)
+    LISTS += (which.to(tl.int64) * tl.num_programs(0) + tile) * CHUNK
+    head = which % heads
+    batch = (which // heads).to(tl.int64)
+    flat = which.to(tl.int64)
+    Q += batch * sqb + head.to(tl.int64) * sqh
+    K += batch * skb + (head // GROUP).to(tl.int64) * skh
+    V += batch * svb + (head // GROUP).to(tl.int64) * svh
+    of_mask = batch * mask_step
+    OPEN += flat * rows * words
+    ROWS += of_mask * rows * ROW_FACTS
+    KEYS += of_mask * cols
+    INTERVALS += of_mask * n * 2
+    if KEY_VALID is not None:
+        KEY_VALID += of_mask * m
+    query = tile * BM + tl.arange(0, BM)
+    inside = query < n
+    first_row = tile * BM // SIDE
+    local = query // SIDE - first_row
+    TILE_ROWS: tl.constexpr = (BM + SIDE - 1) // SIDE
+    begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
+    stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
+    q = load_rows(Q, query, sqn, inside, D, DP)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    weighted = tl.zeros([BM, DVP], tl.float32)
+
+    STEP: tl.constexpr = BN // SIDE
+    for col_0 in range(0, cols, CHUNK):
+        n_plain, n_listed = write_list(
+            LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
+            SIDE, TILE_ROWS, CHUNK, STEP,
+        )  # fmt: skip
+        # The next entry is read a step ahead, so that keys can be on their way.
+        key, who = keys_of(LISTS, 0, n_listed, SIDE, BN)
+        for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
+            here = key
+            key, who = keys_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            peak, mass, weighted = _list_step(
+                q, K, V, here, who, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
+                peak, mass, weighted, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
+            here, opened_by = key, who
+            key, who = keys_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            peak, mass, weighted = _list_step(
+                q, K, V, here, opened_by, begin, stop, local, KEY_VALID, m, skn, svn,
+                scaling, softcap, peak, mass, weighted,
+                D, DP, DV, DVP, CAPPED, True, FOLD, PRECISION,
+            )  # fmt: skip
+
+    seeing = begin < stop
+    to = flat * n + query
+    lse = tl.where(seeing, (peak + tl.math.log2(mass)) * LN_2, float("-inf"))
+    tl.store(LSE + to, lse, mask=inside)
+    row = query // SIDE
+    if COARSE == 1:
+        at = flat * rows + row
+        other = tl.load(PEAK + at, mask=inside, other=float("-inf"))
+        higher = tl.maximum(peak, other)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mine, theirs = tl.math.exp2(peak - base), tl.math.exp2(other - base)
+        mass = mass * mine + tl.load(MASS + at, mask=inside, other=0.0) * theirs
+        coarse = load_rows(WEIGHTED, at, DV, inside, DV, DVP)
+        weighted = weighted * mine[:, None] + coarse * theirs[:, None]
+        peak = higher
+    if COARSE == 2:
+        whole_first, whole_stop, _, _ = block_row_facts(ROWS, row, inside)
+        K_MEANS += (batch * (heads // GROUP) + head // GROUP) * cols * D
+        V_MEANS += (batch * (heads // GROUP) + head // GROUP) * cols * DV
+        for col_0 in range(0, cols, 32):
+            col = col_0 + tl.arange(0, 32)
+            word = tl.load(OPEN + row.to(tl.int64) * words + col_0 // 32, mask=inside, other=0)
+            n_keys = tl.load(KEYS + col, mask=col < cols, other=0)
+            left = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) == 0
+            left = left & (col[None, :] >= whole_first[:, None]) & (col < whole_stop[:, None])
+            left = left & (n_keys > 0)[None, :]
+            k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(q.dtype)
+            v_mean = load_rows(V_MEANS, col, DV, col < cols, DV, DVP).to(q.dtype)
+            means = tl.dot(q, tl.trans(k_mean), input_precision=PRECISION)
+            size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
+            pooled = logits_of(means, scaling, softcap, CAPPED) * LOG2_E + size[None, :]
+            pooled = tl.where(left, pooled, float("-inf"))
+            peak, mass, weighted = softmax_step(pooled, v_mean, peak, mass, weighted, PRECISION)
+    if SINKS is not None:
+        sink = tl.load(SINKS + head).to(tl.float32) * LOG2_E
+        higher = tl.maximum(peak, sink)
+        decay = tl.math.exp2(peak - higher)
+        mass = mass * decay + tl.math.exp2(sink - higher)
+        weighted = weighted * decay[:, None]
+        peak = higher
+    seeing = seeing & (mass > 0)
+    total = tl.where(seeing, peak + tl.math.log2(mass), float("-inf"))
+    tl.store(TOTAL + to, total, mask=inside)
+    result = tl.where(seeing[:, None], weighted / tl.where(mass > 0, mass, 1.0)[:, None], 0.0)
+    OUTPUT += batch * sob + head.to(tl.int64) * soh
+    store_rows(OUTPUT, query, son, result, inside, DV, DVP)
+
+
+class Attended(NamedTuple):
+    """Attributes:
+    output: ``[B, H, N, Dv]``, dtype of the values; 0 for queries that see nothing.
+    lse: Log-sum-exp of the exact logits, float32 ``[B, H, N]``; -inf where there are none.
+    total: The same of all logits, coarse and sinks too, in base 2.
+    """
+
+    output: Tensor
+    lse: Tensor
+    total: Tensor
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: MaskTables,
+    plan: Plan,
+    k_means: Tensor | None,
+    v_means: Tensor | None,
+    sinks: Tensor | None,
+    settings: Settings,
+) -> Attended:
+    """Softmax over what ``plan`` opened and its coarse term.
+
+    Args:
+        query, key, value: ``[B, H, N, D]``, ``[B, Hkv, M, D]``, ``[B, Hkv, M, Dv]``; features
+            adjacent.
+        k_means, v_means: From `pooled`, for ``coarse="per_query"`` only.
+        sinks: ``[H]``.
+    """
+    (batch, heads, n, width), (_, kv_heads, m, value_width) = query.shape, value.shape
+    output = value.new_empty(batch, heads, n, value_width)
+    lse = query.new_empty((batch, heads, n), dtype=torch.float32)
+    total = torch.empty_like(lse)
+    cut = tuning.tiles("forward", query, value)
+    tile_rows = 16 if n <= 16 else cut.rows
+    rows, words = plan.opened.shape[1:]
+    cols = tables.keys_per_block.shape[1]
+    tiles, chunk = -(-n // tile_rows), min(CHUNK, tuning.padded(cols))
+    lists = query.new_empty((batch * heads, tiles, chunk), dtype=torch.int32)
+    tuning.launch(
+        forward_kernel, (tiles, batch * heads),
+        query, key, value, output, lse, total, plan.opened, tables.rows, tables.keys_per_block,
+        tables.intervals, tables.key_valid, k_means, v_means,
+        plan.peak, plan.mass, plan.weighted, sinks, lists,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+        heads, n, m, rows, cols, words, int(tables.rows.shape[0] > 1),
+        settings.scaling, settings.softcap or 1.0,
+        GROUP=heads // kv_heads, SIDE=settings.side, D=width, DP=tuning.padded(width),
+        DV=value_width, DVP=tuning.padded(value_width),
+        BM=tile_rows, BN=max(cut.keys, settings.side), CHUNK=chunk,
+        COARSE=COARSE[settings.coarse], CAPPED=settings.softcap is not None,
+        FOLD=settings.softcap is None and settings.scaling > 0, PRECISION=tuning.precision(),
+        STAGES=cut.stages, num_warps=cut.warps,
+    )  # fmt: skip
+    return Attended(output, lse, total)

@@ -1,0 +1,76 @@
+"""From bits to lists: what a tile of queries reads, in the order it reads it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mra_kernels._triton.primitives import ROW_FACTS, WHOLE_FIRST, WHOLE_STOP
+
+WHO = tl.constexpr(23)
+"""An entry is a key block, and above this bit which rows of blocks of the tile opened it."""
+BLOCK = tl.constexpr((1 << 23) - 1)
+
+
+@triton.jit
+def write_list(
+    LIST, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
+    SIDE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Lists the key blocks from ``col_0`` that any of ``TILE_ROWS`` rows of blocks opened.
+
+    First come those that need no mask at all, a multiple of ``STEP`` of them: opened by all rows,
+    whole for all and full of real keys. The barriers keep the threads of the program together.
+
+    Returns:
+        How many need no mask, and how many there are.
+    """
+    col = col_0 + tl.arange(0, CHUNK)
+    there = col < cols
+    plain = tl.load(KEYS + col, mask=there, other=0) == SIDE
+    who = tl.zeros([CHUNK], tl.int32)
+    for each in tl.static_range(TILE_ROWS):
+        row = (first_row + each).to(tl.int64)
+        exists = row < rows
+        word = tl.load(OPEN + row * words + col // 32, mask=there & exists, other=0)
+        bit = (word >> (col % 32)) & 1
+        whole_first = tl.load(ROWS + row * ROW_FACTS + WHOLE_FIRST, mask=exists, other=0)
+        whole_stop = tl.load(ROWS + row * ROW_FACTS + WHOLE_STOP, mask=exists, other=cols)
+        whole = (col >= whole_first) & (col < whole_stop)
+        plain = plain & whole & ((bit == 1) | (exists == 0))
+        who += bit << each
+    opened = who != 0
+    n_plain = tl.sum((plain & opened).to(tl.int32), 0) // STEP * STEP
+    place = tl.cumsum((plain & opened).to(tl.int32), 0) - 1
+    first = plain & opened & (place < n_plain)
+    rest = opened & (first == 0)
+    place = tl.where(first, place, n_plain + tl.cumsum(rest.to(tl.int32), 0) - 1)
+    tl.debug_barrier()
+    tl.store(LIST + place, col | (who << WHO), mask=opened)
+    tl.debug_barrier()
+    return n_plain, tl.sum(opened.to(tl.int32), 0)
+
+
+@triton.jit
+def keys_of(LIST, at, stop, SIDE: tl.constexpr, BN: tl.constexpr):
+    """The keys of the next ``BN / SIDE`` entries, int32 ``[BN]``, and which rows of blocks opened
+    each; keys of nobody beyond the end of the list."""
+    lane = tl.arange(0, BN)
+    entry = tl.load(LIST + at + lane // SIDE, mask=at + lane // SIDE < stop, other=0)
+    return (entry & BLOCK) * SIDE + lane % SIDE, entry >> WHO
+
+
+@triton.jit
+def visible_keys(
+    key, who, begin, stop, local, KEY_VALID, m,
+):  # fmt: skip
+    """Which keys each query sees and its row of blocks opened, ``[BM, BN]``.
+
+    ``local`` is each query's row of blocks within the tile, ``begin`` and ``stop`` its interval.
+    """
+    visible = (key[None, :] >= begin[:, None]) & (key[None, :] < stop[:, None])
+    visible = visible & (((who[None, :] >> local[:, None]) & 1) == 1)
+    if KEY_VALID is not None:
+        real = tl.load(KEY_VALID + key, mask=key < m, other=0) != 0
+        visible = visible & real[None, :]
+    return visible

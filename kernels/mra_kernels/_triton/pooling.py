@@ -1,0 +1,103 @@
+"""Masked block means of queries, keys and values, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mra_kernels._triton import tuning
+from mra_kernels._triton.primitives import load_rows
+
+
+@triton.jit
+def _pool_block(
+    X, MEANS, VALID, batch, head, block, sb, sh, sn, heads, n, valid_step,
+    D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    token = block * SIDE + tl.arange(0, SIDE)
+    counted = token < n
+    if VALID is not None:
+        real = tl.load(VALID + batch * valid_step + token, mask=counted, other=0)
+        counted = counted & (real != 0)
+    base = X + batch * sb + head.to(tl.int64) * sh
+    sums = tl.sum(load_rows(base, token, sn, counted, D, DP).to(tl.float32), 0)
+    count = tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
+    d = tl.arange(0, DP)
+    row = (batch * heads + head) * tl.cdiv(n, SIDE) + block
+    tl.store(MEANS + row * D + d, sums / count, mask=d < D)
+
+
+@triton.jit
+def pool_kernel(
+    Q, K, V, Q_MEANS, K_MEANS, V_MEANS, Q_VALID, K_VALID,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
+    heads, kv_heads, n, m, q_valid_step, k_valid_step,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (most blocks of any input, query heads + 2 * key heads, batch)."""
+    block, which, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if which < heads:
+        if block * SIDE < n:
+            _pool_block(
+                Q, Q_MEANS, Q_VALID, batch, which, block, sqb, sqh, sqn, heads, n, q_valid_step,
+                D, DP, SIDE,
+            )  # fmt: skip
+    elif which < heads + kv_heads:
+        if K is not None and block * SIDE < m:
+            _pool_block(
+                K, K_MEANS, K_VALID, batch, which - heads, block, skb, skh, skn, kv_heads, m,
+                k_valid_step, D, DP, SIDE,
+            )  # fmt: skip
+    elif V is not None and block * SIDE < m:
+        _pool_block(
+            V, V_MEANS, K_VALID, batch, which - heads - kv_heads, block, svb, svh, svn, kv_heads,
+            m, k_valid_step, DV, DVP, SIDE,
+        )  # fmt: skip
+
+
+def pooled(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    query_valid: Tensor | None,
+    key_valid: Tensor | None,
+    side: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Means of the blocks of each input that is given, float32 ``[B, heads, blocks, D]``.
+
+    Args:
+        query, key, value: ``[B, H, N, D]``, ``[B, Hkv, M, D]``, ``[B, Hkv, M, Dv]``.
+        query_valid, key_valid: Tokens that count, bool ``[B or 1, N]`` and ``[B or 1, M]``.
+        side: Tokens per block.
+    """
+
+    def means(tokens: Tensor | None) -> Tensor | None:
+        if tokens is None:
+            return None
+        shape = (*tokens.shape[:2], -(-tokens.shape[2] // side), tokens.shape[3])
+        return tokens.new_empty(shape, dtype=torch.float32)
+
+    q_means, k_means, v_means = means(query), means(key), means(value)
+    assert q_means is not None
+    batch, heads, n, width = query.shape
+    kv_heads, m = (0, 0) if key is None else key.shape[1:3]
+    value_width = width if value is None else value.shape[3]
+
+    def step(valid: Tensor | None) -> int:
+        return 0 if valid is None or valid.shape[0] == 1 else valid.shape[1]
+
+    def strides(tokens: Tensor | None) -> tuple[int, ...]:
+        return (0, 0, 0) if tokens is None else tokens.stride()[:3]
+
+    grid = (-(-max(n, m) // side), heads + 2 * kv_heads, batch)
+    tuning.launch(
+        pool_kernel, grid,
+        query, key, value, q_means, k_means, v_means, query_valid, key_valid,
+        *strides(query), *strides(key), *strides(value),
+        heads, kv_heads, n, m, step(query_valid), step(key_valid),
+        D=width, DP=tuning.padded(width), DV=value_width, DVP=tuning.padded(value_width),
+        SIDE=side, num_warps=2,
+    )  # fmt: skip
+    return q_means, k_means, v_means

@@ -1,0 +1,118 @@
+"""What several kernels do alike. Softmax runs in base 2; offsets between rows are 64-bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Columns of the table of block rows, see `mask_tables.MaskTables.rows`.
+WHOLE_FIRST = tl.constexpr(0)
+WHOLE_STOP = tl.constexpr(1)
+SEEN_FIRST = tl.constexpr(2)
+SEEN_STOP = tl.constexpr(3)
+QUERIES = tl.constexpr(4)
+PADDING = tl.constexpr(5)
+STARVING = tl.constexpr(6)
+ROW_FACTS = tl.constexpr(8)
+
+
+@triton.jit
+def load_rows(base, rows, stride, inside, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of D adjacent numbers, ``[rows, DP]``; 0 where not ``inside`` and beyond D."""
+    d = tl.arange(0, DP)
+    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_all_rows(base, rows, stride, D: tl.constexpr, DP: tl.constexpr):
+    """`load_rows` where all are inside."""
+    d = tl.arange(0, DP)
+    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    if D == DP:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride, values, inside, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of D adjacent numbers, where ``inside``."""
+    d = tl.arange(0, DP)
+    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    tl.store(at, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tanh(x):
+    """Accurate for small ``x``, too, where ``1 - 2 / (1 + exp 2x)`` cancels."""
+    square = x * x
+    small = x * (
+        1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
+    )
+    decay = tl.math.exp2(-2 * LOG2_E * tl.abs(x))
+    large = (1 - decay) / (1 + decay)
+    return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def logits_of(dots, scaling, softcap, CAPPED: tl.constexpr):
+    """``softcap * tanh(scaling * dots / softcap)``, or without soft-cap ``scaling * dots``."""
+    logits = dots * scaling
+    if CAPPED:
+        logits = softcap * tanh(logits / softcap)
+    return logits
+
+
+@triton.jit
+def logit_slopes(dots, scaling, softcap, CAPPED: tl.constexpr):
+    """Derivative of `logits_of` with respect to ``dots``."""
+    slopes = tl.zeros_like(dots) + scaling
+    if CAPPED:
+        level = tanh(dots * scaling / softcap)
+        slopes = slopes * (1 - level * level)
+    return slopes
+
+
+@triton.jit
+def softmax_step(logits, values, peak, mass, weighted, PRECISION: tl.constexpr):
+    """Online softmax over one more tile of base-2 ``logits``, any of which may be -inf.
+
+    ``peak``, ``mass`` ``[rows]`` and ``weighted`` ``[rows, DVP]`` are float32.
+    """
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    decay = tl.math.exp2(peak - base)
+    weights = tl.math.exp2(logits - base[:, None])
+    mass = mass * decay + tl.sum(weights, 1)
+    weighted = weighted * decay[:, None]
+    weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
+    return higher, mass, weighted
+
+
+@triton.jit
+def softmax_step_whole(dots, scale, values, peak, mass, weighted, PRECISION: tl.constexpr):
+    """`softmax_step` where nothing is masked and ``scale > 0``, folded into the exponent."""
+    higher = tl.maximum(peak, tl.max(dots, 1) * scale)
+    decay = tl.math.exp2(peak - higher)
+    weights = tl.math.exp2(dots * scale - higher[:, None])
+    mass = mass * decay + tl.sum(weights, 1)
+    weighted = weighted * decay[:, None]
+    weighted = tl.dot(weights.to(values.dtype), values, weighted, input_precision=PRECISION)
+    return higher, mass, weighted
+
+
+@triton.jit
+def block_row_facts(ROWS, row, inside):
+    """Columns ``[whole first, whole stop)`` and ``[seen first, seen stop)`` of block rows."""
+    at = ROWS + row.to(tl.int64) * ROW_FACTS
+    return (
+        tl.load(at + WHOLE_FIRST, mask=inside, other=0),
+        tl.load(at + WHOLE_STOP, mask=inside, other=0),
+        tl.load(at + SEEN_FIRST, mask=inside, other=0),
+        tl.load(at + SEEN_STOP, mask=inside, other=0),
+    )

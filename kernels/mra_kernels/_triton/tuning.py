@@ -1,0 +1,91 @@
+"""How kernels are launched: tile shapes by (architecture, head width, dtype), no measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tiles(NamedTuple):
+    """How the attention kernels cut their work.
+
+    Attributes:
+        rows: Queries per tile, a multiple of 16.
+        keys: Keys per step, a multiple of the block side.
+        warps: Warps per program.
+        stages: Tiles of keys and values in flight.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
+"""Tiles to use instead of the table's, by (kernel, padded head width, dtype); kernel is
+``forward``, ``backward_query`` or ``backward_key``."""
+
+
+def tiles(kernel: str, query: Tensor, value: Tensor) -> Tiles:
+    """The tiles of ``kernel`` for these inputs, on their device."""
+    width = max(padded(query.shape[-1]), padded(value.shape[-1]))
+    chosen = OVERRIDES.get((kernel, width, query.dtype))
+    return chosen or table(kernel, capability(query.device), width, query.dtype)
+
+
+def table(kernel: str, capability: tuple[int, int], width: int, dtype: torch.dtype) -> Tiles:
+    """The table: what compiles without spills and leaves room for two programs per multiprocessor.
+
+    Args:
+        kernel: ``forward``, ``backward_query`` or ``backward_key``.
+        capability: Major and minor compute capability.
+        width: Padded width of heads, the wider of keys and values.
+        dtype: Of the inputs.
+    """
+    small = dtype.itemsize > 2 or width > 128
+    if kernel != "forward":
+        return Tiles(64, 64 if width <= 128 else 32, 4 if width <= 64 else 8, 1 if small else 2)
+    if small:
+        return Tiles(64, 64 if width <= 64 else 32, 4 if width <= 64 else 8, 2)
+    if width > 64:
+        return Tiles(64, 64, 4 if capability[0] in (9, 10) else 8, 2)
+    return Tiles(64, 64, 4, 3 if capability[0] in (9, 10) else 2)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; that of an A100 where there is none, to run on the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def padded(width: int) -> int:
+    """The power of two that tiles of this width take, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def precision() -> str:
+    """How products of float32 numbers are computed: as torch's own are allowed to be."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Launches on the device of the first tensor."""
+    LAUNCHER(kernel, grid, arguments, settings)
+
+
+def on_device(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **settings)
+    else:
+        kernel[grid](*arguments, **settings)
+
+
+LAUNCHER: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] = on_device
+"""Who runs a kernel; tests put an executor or a counter here."""
