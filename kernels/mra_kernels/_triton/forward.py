@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mra_kernels._triton import tuning
-from mra_kernels._triton.lists import keys_of, visible_keys, write_list
+from mra_kernels._triton.lists import entries_of, load_tokens, visible_keys, write_list
 from mra_kernels._triton.mask_tables import MaskTables
 from mra_kernels._triton.plan import Plan, Settings
 from mra_kernels._triton.primitives import (
@@ -18,7 +18,6 @@ from mra_kernels._triton.primitives import (
     LOG2_E,
     ROW_FACTS,
     block_row_facts,
-    load_all_rows,
     load_rows,
     logits_of,
     softmax_step,
@@ -35,29 +34,23 @@ COARSE = {"none": 0, "pooled": 1, "per_query": 2}
 
 @triton.jit
 def _list_step(
-    q, K, V, key, who, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
+    q, K, V, entry, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
     peak, mass, weighted,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if MASKED:
-        k = load_rows(K, key, skn, key < m, D, DP)
-        v = load_rows(V, key, svn, key < m, DV, DVP)
-    else:
-        k = load_all_rows(K, key, skn, D, DP)
-        v = load_all_rows(V, key, svn, DV, DVP)
+    k = load_tokens(K, entry, skn, m, SIDE, BN, D, DP, PLAIN)
+    v = load_tokens(V, entry, svn, m, SIDE, BN, DV, DVP, PLAIN)
     dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if FOLD and not MASKED:
-        peak, mass, weighted = softmax_step_whole(
-            dots, scaling * LOG2_E, v, peak, mass, weighted, PRECISION
-        )
+    if FOLD and PLAIN:
+        return softmax_step_whole(dots, scaling * LOG2_E, v, peak, mass, weighted, PRECISION)
     else:
         logits = logits_of(dots, scaling, softcap, CAPPED) * LOG2_E
-        if MASKED:
-            visible = visible_keys(key, who, begin, stop, local, KEY_VALID, m)
+        if not PLAIN:
+            visible = visible_keys(entry, begin, stop, local, KEY_VALID, m, SIDE, BN)
             logits = tl.where(visible, logits, float("-inf"))
-        peak, mass, weighted = softmax_step(logits, v, peak, mass, weighted, PRECISION)
-    return peak, mass, weighted
+        return softmax_step(logits, v, peak, mass, weighted, PRECISION)
 
 
 @triton.jit
@@ -108,21 +101,20 @@ def forward_kernel(
             SIDE, TILE_ROWS, CHUNK, STEP,
         )  # fmt: skip
         # The next entry is read a step ahead, so that keys can be on their way.
-        key, who = keys_of(LISTS, 0, n_listed, SIDE, BN)
+        entry = entries_of(LISTS, 0, n_listed, SIDE, BN)
         for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-            here = key
-            key, who = keys_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            here = entry
+            entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BN)
             peak, mass, weighted = _list_step(
-                q, K, V, here, who, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
-                peak, mass, weighted, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
+                q, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
+                peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, True, FOLD, PRECISION,
             )  # fmt: skip
         for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-            here, opened_by = key, who
-            key, who = keys_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            here = entry
+            entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BN)
             peak, mass, weighted = _list_step(
-                q, K, V, here, opened_by, begin, stop, local, KEY_VALID, m, skn, svn,
-                scaling, softcap, peak, mass, weighted,
-                D, DP, DV, DVP, CAPPED, True, FOLD, PRECISION,
+                q, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
+                peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
             )  # fmt: skip
 
     seeing = begin < stop

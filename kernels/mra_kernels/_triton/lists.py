@@ -52,24 +52,65 @@ def write_list(
 
 
 @triton.jit
-def keys_of(LIST, at, stop, SIDE: tl.constexpr, BN: tl.constexpr):
-    """The keys of the next ``BN / SIDE`` entries, int32 ``[BN]``, and which rows of blocks opened
-    each; keys of nobody beyond the end of the list."""
+def entries_of(LIST, at, stop, SIDE: tl.constexpr, BN: tl.constexpr):
+    """The entries that the next ``BN`` keys belong to, int32 ``[BN]``, or the one if it is the
+    same; 0, opened by nobody, beyond the end of the list."""
+    if SIDE == BN:
+        return tl.load(LIST + at, mask=at < stop, other=0)
+    else:
+        place = at + tl.arange(0, BN) // SIDE
+        return tl.load(LIST + place, mask=place < stop, other=0)
+
+
+@triton.jit
+def rows_at(base, entry, stride, SIDE: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr):
+    """Pointers ``[BN, DP]`` to the tokens of blocks; `entries_of` says of which."""
     lane = tl.arange(0, BN)
-    entry = tl.load(LIST + at + lane // SIDE, mask=at + lane // SIDE < stop, other=0)
-    return (entry & BLOCK) * SIDE + lane % SIDE, entry >> WHO
+    d = tl.arange(0, DP)
+    block = ((entry & BLOCK) * SIDE).to(tl.int64) * stride
+    if SIDE == BN:
+        return base + block + (lane * stride)[:, None] + d[None, :]
+    else:
+        return base + (block + lane % SIDE * stride)[:, None] + d[None, :]
+
+
+@triton.jit
+def load_tokens(
+    base, entry, stride, n, SIDE: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Tokens of blocks, ``[BN, DP]``; 0 beyond the last of ``n``, unless all are ``WHOLE``."""
+    at = rows_at(base, entry, stride, SIDE, BN, DP)
+    d = tl.arange(0, DP)
+    if WHOLE and D == DP:
+        return tl.load(at)
+    elif WHOLE:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        inside = tokens_of(entry, SIDE, BN) < n
+        return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def tokens_of(entry, SIDE: tl.constexpr, BN: tl.constexpr):
+    """Positions of the tokens of blocks, int32 ``[BN]``."""
+    return (entry & BLOCK) * SIDE + tl.arange(0, BN) % SIDE
 
 
 @triton.jit
 def visible_keys(
-    key, who, begin, stop, local, KEY_VALID, m,
+    entry, begin, stop, local, KEY_VALID, m, SIDE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Which keys each query sees and its row of blocks opened, ``[BM, BN]``.
 
     ``local`` is each query's row of blocks within the tile, ``begin`` and ``stop`` its interval.
     """
+    key = tokens_of(entry, SIDE, BN)
     visible = (key[None, :] >= begin[:, None]) & (key[None, :] < stop[:, None])
-    visible = visible & (((who[None, :] >> local[:, None]) & 1) == 1)
+    if SIDE == BN:
+        visible = visible & (((entry >> (WHO + local)) & 1) == 1)[:, None]
+    else:
+        visible = visible & (((entry[None, :] >> (WHO + local)[:, None]) & 1) == 1)
     if KEY_VALID is not None:
         real = tl.load(KEY_VALID + key, mask=key < m, other=0) != 0
         visible = visible & real[None, :]

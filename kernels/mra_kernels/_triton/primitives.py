@@ -28,17 +28,6 @@ def load_rows(base, rows, stride, inside, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def load_all_rows(base, rows, stride, D: tl.constexpr, DP: tl.constexpr):
-    """`load_rows` where all are inside."""
-    d = tl.arange(0, DP)
-    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
-    if D == DP:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=(d < D)[None, :], other=0.0)
-
-
-@triton.jit
 def store_rows(base, rows, stride, values, inside, D: tl.constexpr, DP: tl.constexpr):
     """Rows of D adjacent numbers, where ``inside``."""
     d = tl.arange(0, DP)

@@ -320,7 +320,7 @@ def select(
         threshold_kernel, (n_tiles, batch * heads),
         q_means, k_means, tables.rows, tables.keys_per_block, budgets, tables.first,
         best, thresholds, *numbers, segments, mask_step,
-        RB=tile_rows, CB=64, BY_COUNT=settings.by_count, num_warps=4, **shared,
+        RB=tile_rows, CB=64, BY_COUNT=settings.by_count, num_warps=8, **shared,
     )  # fmt: skip
     pooled, rescue = settings.coarse == "pooled", settings.coarse == "none"
     opened = q_means.new_empty((*flat, words), dtype=torch.int32)
