@@ -71,11 +71,13 @@ class Executor:
 
     Args:
         tf32: Round the operands of float32 products as tensor cores do, where a kernel allows it.
+        ones: Compile anew for numbers that are 1, as a GPU's launcher does; without, calls of many
+            shapes share a kernel.
     """
 
-    def __init__(self, tf32: bool = False) -> None:
+    def __init__(self, tf32: bool = False, ones: bool = True) -> None:
         self.launches: list[Launch] = []
-        self._tf32 = tf32
+        self._tf32, self._ones = tf32, ones
 
     def __enter__(self) -> Executor:
         self._before = JITFunction.run
@@ -94,7 +96,7 @@ class Executor:
         JITFunction.run = self._before
 
     def _run(self, kernel: JITFunction, grid: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        call = specialize(kernel, AMPERE, args, kwargs)
+        call = specialize(kernel, AMPERE, args, kwargs, self._ones)
         grid = grid(call.values) if callable(grid) else grid
         grid = (*grid, 1, 1)[:3]
         names = [name for name, kind in call.signature.items() if kind != "constexpr"]

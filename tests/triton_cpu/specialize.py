@@ -52,11 +52,21 @@ def _binder(kernel: JITFunction, target: GPUTarget) -> Any:
 
 
 def specialize(
-    kernel: JITFunction, target: GPUTarget, args: tuple[Any, ...], kwargs: dict[str, Any]
+    kernel: JITFunction,
+    target: GPUTarget,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ones: bool = True,
 ) -> Specialization:
-    """As ``kernel[grid](*args, **kwargs)`` would on a GPU of this kind."""
+    """As ``kernel[grid](*args, **kwargs)`` would on a GPU of this kind; without ``ones``, numbers
+    that happen to be 1 are no constants."""
     values, specialization, options = _binder(kernel, target)(*args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(
         make_backend(target), kwargs, values, specialization, options
     )
+    for place, parameter in enumerate(kernel.params):
+        number = not parameter.is_constexpr and type(values[parameter.name]) is int
+        if number and not ones and (place,) in constants:
+            del constants[place,]
+            signature[parameter.name] = "i32"
     return Specialization(kernel, values, signature, constants, attributes, options)
