@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mra_kernels._triton import tuning
-from mra_kernels._triton.lists import entries_of, load_tokens, visible_keys, write_list
+from mra_kernels._triton.lists import entries_of, list_keys, load_tokens, visible_keys
 from mra_kernels._triton.mask_tables import MaskTables
 from mra_kernels._triton.plan import Plan, Settings
 from mra_kernels._triton.primitives import (
@@ -96,7 +96,7 @@ def forward_kernel(
 
     STEP: tl.constexpr = BN // SIDE
     for col_0 in range(0, cols, CHUNK):
-        n_plain, n_listed = write_list(
+        n_plain, n_listed = list_keys(
             LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
             SIDE, TILE_ROWS, CHUNK, STEP,
         )  # fmt: skip
