@@ -13,6 +13,7 @@ from mra_kernels._triton.forward import CHUNK, COARSE
 from mra_kernels._triton.lists import (
     WHO,
     entries_of,
+    entry_of_tokens,
     list_keys,
     list_queries,
     load_tokens,
@@ -101,17 +102,17 @@ def backward_query_kernel(
             LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
             SIDE, TILE_ROWS, CHUNK, STEP,
         )  # fmt: skip
-        entry = entries_of(LISTS, 0, n_listed, SIDE, BN)
+        a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
         for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-            here = entry
-            entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             dq = _query_step(
                 q, grad, norm, delta, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn,
                 scaling, softcap, dq, SIDE, BN, D, DP, DV, DVP, CAPPED, True, PRECISION,
             )  # fmt: skip
         for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-            here = entry
-            entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             dq = _query_step(
                 q, grad, norm, delta, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn,
                 scaling, softcap, dq, SIDE, BN, D, DP, DV, DVP, CAPPED, False, PRECISION,
@@ -204,18 +205,18 @@ def backward_key_kernel(
                 LISTS, OPEN + flat * rows * words, ROWS, KEYS, first_col, row_0, rows, cols,
                 words, n, SIDE, BN // SIDE, CHUNK, STEP,
             )  # fmt: skip
-            entry = entries_of(LISTS, 0, n_listed, SIDE, BM)
+            a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
             for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-                here = entry
-                entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BM)
+                here = entry_of_tokens(a, b, c, d, SIDE, BM)
+                a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
                 dk, dv = _key_step(
                     k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
                     seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
                     SIDE, BM, D, DP, DV, DVP, CAPPED, True, PRECISION,
                 )  # fmt: skip
             for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-                here = entry
-                entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BM)
+                here = entry_of_tokens(a, b, c, d, SIDE, BM)
+                a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
                 dk, dv = _key_step(
                     k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
                     seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
@@ -292,7 +293,7 @@ def gradients(
     def cut(kernel: str, most: int) -> tuple[int, dict[str, int]]:
         """Tiles along the grid, and settings; ``most`` blocks can be on a list."""
         tiles = tuning.tiles(kernel, query, value)
-        bm, bn = max(tiles.rows, settings.side), max(tiles.keys, settings.side)
+        bm, bn = tiles.rows_for(settings.side), tiles.keys_for(settings.side)
         chunk = min(CHUNK, tuning.padded(most))
         length, step = (n, bm) if kernel == "backward_query" else (m, bn)
         return -(-length // step), {

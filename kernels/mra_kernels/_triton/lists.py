@@ -86,19 +86,35 @@ def list_queries(
 
 
 @triton.jit
-def entries_of(LIST, at, stop, SIDE: tl.constexpr, BN: tl.constexpr):
-    """The entries that the next ``BN`` keys belong to, int32 ``[BN]``, or the one if it is the
-    same; 0, opened by nobody, beyond the end of the list."""
+def entries_of(LIST, at, stop, STEP: tl.constexpr):
+    """The next ``STEP`` entries, 1, 2 or 4, as scalars; 0, opened by nobody, beyond the end."""
+    a = tl.load(LIST + at, mask=at < stop, other=0)
+    b = a
+    c = a
+    d = a
+    if STEP > 1:
+        b = tl.load(LIST + at + 1, mask=at + 1 < stop, other=0)
+    if STEP > 2:
+        c = tl.load(LIST + at + 2, mask=at + 2 < stop, other=0)
+        d = tl.load(LIST + at + 3, mask=at + 3 < stop, other=0)
+    return a, b, c, d
+
+
+@triton.jit
+def entry_of_tokens(a, b, c, d, SIDE: tl.constexpr, BN: tl.constexpr):
+    """Which entry each of ``BN`` tokens belongs to, int32 ``[BN]``; one scalar if all the same."""
+    which = tl.arange(0, BN) // SIDE
     if SIDE == BN:
-        return tl.load(LIST + at, mask=at < stop, other=0)
+        return a
+    elif SIDE * 2 == BN:
+        return tl.where(which == 0, a, b)
     else:
-        place = at + tl.arange(0, BN) // SIDE
-        return tl.load(LIST + place, mask=place < stop, other=0)
+        return tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
 
 
 @triton.jit
 def rows_at(base, entry, stride, SIDE: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr):
-    """Pointers ``[BN, DP]`` to the tokens of blocks; `entries_of` says of which."""
+    """Pointers ``[BN, DP]`` to the tokens of blocks; `entry_of_tokens` says of which."""
     lane = tl.arange(0, BN)
     d = tl.arange(0, DP)
     block = ((entry & BLOCK) * SIDE).to(tl.int64) * stride
