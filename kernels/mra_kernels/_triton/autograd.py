@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mra_kernels._triton.backward import gradients
 from mra_kernels._triton.forward import attend
 from mra_kernels._triton.mask_tables import MaskTables, mask_tables
 from mra_kernels._triton.plan import Settings, selection_of
@@ -15,6 +19,8 @@ from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import Selection
+
+_LOG2_E = math.log2(math.e)
 
 
 @torch.library.custom_op("mra_kernels::mra_forward", mutates_args=())
@@ -72,6 +78,116 @@ def mra_forward(
         given(v_means),
         given(plan.peak),
     )
+
+
+@mra_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, means: list[Tensor],
+    budgets: Tensor, tables: list[Tensor], key_valid: Tensor | None, query_pooled: Tensor | None,
+    side: int, coarse: str, *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, heads, n, width), (kv_heads, _, value_width) = query.shape, value.shape[1:]
+    rows, cols = tables[1].shape[1], tables[2].shape[1]
+
+    def floats(*shape: Any, there: bool = True) -> Tensor:
+        return query.new_empty(shape if there else 0, dtype=torch.float32)
+
+    rescued = query.new_empty(
+        (batch * heads, rows) if coarse == "none" else 0,
+        dtype=torch.int32 if coarse == "none" else query.dtype,
+    )
+    return (
+        value.new_empty(batch, heads, n, value_width),
+        floats(batch, heads, n),
+        floats(batch, heads, n),
+        query.new_empty((batch * heads, rows, -(-cols // 32)), dtype=torch.int32),
+        rescued,
+        floats(batch, heads, rows, width),
+        floats(batch, kv_heads, cols, width, there=not means),
+        floats(batch, kv_heads, cols, value_width, there=not means and coarse != "none"),
+        floats(batch * heads, rows, there=coarse == "pooled"),
+    )
+
+
+@torch.library.custom_op("mra_kernels::mra_backward", mutates_args=())
+def mra_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    total: Tensor,
+    opened: Tensor,
+    peak: Tensor,
+    means: list[Tensor],
+    tables: list[Tensor],
+    key_valid: Tensor | None,
+    query_pooled: Tensor | None,
+    side: int,
+    coarse: str,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, and ``grad . output``; see `gradients`."""
+    intervals, rows, keys_per_block, first = tables
+    described = MaskTables(intervals, rows, keys_per_block, first, key_valid, query_pooled)
+    settings = Settings(side, coarse, True, True, True, 0, 0, 0, scaling, softcap)
+    return gradients(
+        query,
+        key,
+        value,
+        output,
+        total,
+        grad if grad.stride(-1) == 1 else grad.contiguous(),
+        peak if coarse == "pooled" else None,
+        None if coarse == "none" else (means[0], means[1], means[2]),
+        opened,
+        described,
+        settings,
+    )
+
+
+@mra_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, total: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    return dq, dk, dv, total.new_empty(total.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, sinks, means, _, tables, key_valid, query_pooled, side, coarse, *rest = (
+        inputs
+    )
+    result, _, total, opened, _, *new_means, peak = output
+    if means:
+        new_means[1:] = means
+    ctx.save_for_backward(
+        query, key, value, sinks, result, total, opened, peak, key_valid, query_pooled,
+        *new_means, *tables,
+    )  # fmt: skip
+    ctx.given_means = len(means)
+    ctx.settings = side, coarse, rest[-2], rest[-1]
+
+
+def _backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    query, key, value, sinks, output, total, opened, peak, valid, pooled_q, *rest = (
+        ctx.saved_tensors
+    )
+    dq, dk, dv, delta = mra_backward(
+        grad, query, key, value, output, total, opened, peak, rest[:3], rest[3:], valid, pooled_q,
+        *ctx.settings,
+    )  # fmt: skip
+    dsinks = None
+    if sinks is not None:
+        weights = torch.exp2(sinks.float()[None, :, None] * _LOG2_E - total)
+        weights = weights.masked_fill(total == -torch.inf, 0.0)
+        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks, [None] * ctx.given_means, None, [None] * 4, *(None,) * 12
+
+
+mra_forward.register_autograd(_backward, setup_context=_keep)
 
 
 def mra_triton(

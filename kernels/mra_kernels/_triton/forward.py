@@ -10,7 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mra_kernels._triton import tuning
-from mra_kernels._triton.lists import entries_of, load_tokens, visible_keys, write_list
+from mra_kernels._triton.lists import (
+    entries_of,
+    entry_of_tokens,
+    list_keys,
+    load_tokens,
+    visible_keys,
+)
 from mra_kernels._triton.mask_tables import MaskTables
 from mra_kernels._triton.plan import Plan, Settings
 from mra_kernels._triton.primitives import (
@@ -25,7 +31,7 @@ from mra_kernels._triton.primitives import (
     store_rows,
 )
 
-CHUNK = 512
+CHUNK = 128
 """Key blocks listed at a time: bounds the list of a tile, whatever the length."""
 
 COARSE = {"none": 0, "pooled": 1, "per_query": 2}
@@ -96,22 +102,22 @@ def forward_kernel(
 
     STEP: tl.constexpr = BN // SIDE
     for col_0 in range(0, cols, CHUNK):
-        n_plain, n_listed = write_list(
+        n_plain, n_listed = list_keys(
             LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
             SIDE, TILE_ROWS, CHUNK, STEP,
         )  # fmt: skip
         # The next entry is read a step ahead, so that keys can be on their way.
-        entry = entries_of(LISTS, 0, n_listed, SIDE, BN)
+        a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
         for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-            here = entry
-            entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             peak, mass, weighted = _list_step(
                 q, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
                 peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, True, FOLD, PRECISION,
             )  # fmt: skip
         for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-            here = entry
-            entry = entries_of(LISTS, at + STEP, n_listed, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             peak, mass, weighted = _list_step(
                 q, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
                 peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
@@ -216,7 +222,7 @@ def attend(
         settings.scaling, settings.softcap or 1.0,
         GROUP=heads // kv_heads, SIDE=settings.side, D=width, DP=tuning.padded(width),
         DV=value_width, DVP=tuning.padded(value_width),
-        BM=tile_rows, BN=max(cut.keys, settings.side), CHUNK=chunk,
+        BM=tile_rows, BN=cut.keys_for(settings.side), CHUNK=chunk,
         COARSE=COARSE[settings.coarse], CAPPED=settings.softcap is not None,
         FOLD=settings.softcap is None and settings.scaling > 0, PRECISION=tuning.precision(),
         STAGES=cut.stages, num_warps=cut.warps,

@@ -1,4 +1,4 @@
-"""From bits to lists: what a tile of queries reads, in the order it reads it."""
+"""From bits to lists: what a tile reads, in the order in which it reads it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,36 @@ BLOCK = tl.constexpr((1 << 23) - 1)
 
 
 @triton.jit
-def write_list(
+def _write(LIST, block, who, plain, STEP: tl.constexpr):
+    """Writes the entries of blocks that anybody opened, a multiple of ``STEP`` of the plain ones
+    first. The barriers keep the threads of the program together.
+
+    Returns:
+        How many are plain, and how many there are.
+    """
+    opened = who != 0
+    plain = plain & opened
+    n_plain = tl.sum(plain.to(tl.int32), 0) // STEP * STEP
+    place = tl.cumsum(plain.to(tl.int32), 0) - 1
+    first = plain & (place < n_plain)
+    rest = opened & (first == 0)
+    place = tl.where(first, place, n_plain + tl.cumsum(rest.to(tl.int32), 0) - 1)
+    tl.debug_barrier()
+    tl.store(LIST + place, block | (who << WHO), mask=opened)
+    tl.debug_barrier()
+    return n_plain, tl.sum(opened.to(tl.int32), 0)
+
+
+@triton.jit
+def list_keys(
     LIST, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
     SIDE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Lists the key blocks from ``col_0`` that any of ``TILE_ROWS`` rows of blocks opened.
-
-    First come those that need no mask at all, a multiple of ``STEP`` of them: opened by all rows,
-    whole for all and full of real keys. The barriers keep the threads of the program together.
+    """Lists the key blocks from ``col_0`` that any of ``TILE_ROWS`` rows of blocks opened; plain
+    are those that need no mask at all: opened by all rows, whole for all, full of real keys.
 
     Returns:
-        How many need no mask, and how many there are.
+        How many are plain, and how many there are.
     """
     col = col_0 + tl.arange(0, CHUNK)
     there = col < cols
@@ -39,32 +58,63 @@ def write_list(
         whole = (col >= whole_first) & (col < whole_stop)
         plain = plain & whole & ((bit == 1) | (exists == 0))
         who += bit << each
-    opened = who != 0
-    n_plain = tl.sum((plain & opened).to(tl.int32), 0) // STEP * STEP
-    place = tl.cumsum((plain & opened).to(tl.int32), 0) - 1
-    first = plain & opened & (place < n_plain)
-    rest = opened & (first == 0)
-    place = tl.where(first, place, n_plain + tl.cumsum(rest.to(tl.int32), 0) - 1)
-    tl.debug_barrier()
-    tl.store(LIST + place, col | (who << WHO), mask=opened)
-    tl.debug_barrier()
-    return n_plain, tl.sum(opened.to(tl.int32), 0)
+    return _write(LIST, col, who, plain, STEP)
 
 
 @triton.jit
-def entries_of(LIST, at, stop, SIDE: tl.constexpr, BN: tl.constexpr):
-    """The entries that the next ``BN`` keys belong to, int32 ``[BN]``, or the one if it is the
-    same; 0, opened by nobody, beyond the end of the list."""
+def list_queries(
+    LIST, OPEN, ROWS, KEYS, first_col, row_0, rows, cols, words, n,
+    SIDE: tl.constexpr, TILE_COLS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """`list_keys` the other way round: rows of blocks that opened any of ``TILE_COLS`` columns."""
+    row = (row_0 + tl.arange(0, CHUNK)).to(tl.int64)
+    there = row < rows
+    whole_first = tl.load(ROWS + row * ROW_FACTS + WHOLE_FIRST, mask=there, other=0)
+    whole_stop = tl.load(ROWS + row * ROW_FACTS + WHOLE_STOP, mask=there, other=0)
+    plain = (row + 1) * SIDE <= n
+    who = tl.zeros([CHUNK], tl.int32)
+    for each in tl.static_range(TILE_COLS):
+        col = first_col + each
+        exists = col < cols
+        word = tl.load(OPEN + row * words + col // 32, mask=there & exists, other=0)
+        bit = (word >> (col % 32)) & 1
+        full = tl.load(KEYS + col, mask=exists, other=SIDE) == SIDE
+        whole = full & (col >= whole_first) & (col < whole_stop) & (bit == 1)
+        plain = plain & (whole | (exists == 0))
+        who += bit << each
+    return _write(LIST, row.to(tl.int32), who, plain, STEP)
+
+
+@triton.jit
+def entries_of(LIST, at, stop, STEP: tl.constexpr):
+    """The next ``STEP`` entries, 1, 2 or 4, as scalars; 0, opened by nobody, beyond the end."""
+    a = tl.load(LIST + at, mask=at < stop, other=0)
+    b = a
+    c = a
+    d = a
+    if STEP > 1:
+        b = tl.load(LIST + at + 1, mask=at + 1 < stop, other=0)
+    if STEP > 2:
+        c = tl.load(LIST + at + 2, mask=at + 2 < stop, other=0)
+        d = tl.load(LIST + at + 3, mask=at + 3 < stop, other=0)
+    return a, b, c, d
+
+
+@triton.jit
+def entry_of_tokens(a, b, c, d, SIDE: tl.constexpr, BN: tl.constexpr):
+    """Which entry each of ``BN`` tokens belongs to, int32 ``[BN]``; one scalar if all the same."""
+    which = tl.arange(0, BN) // SIDE
     if SIDE == BN:
-        return tl.load(LIST + at, mask=at < stop, other=0)
+        return a
+    elif SIDE * 2 == BN:
+        return tl.where(which == 0, a, b)
     else:
-        place = at + tl.arange(0, BN) // SIDE
-        return tl.load(LIST + place, mask=place < stop, other=0)
+        return tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
 
 
 @triton.jit
 def rows_at(base, entry, stride, SIDE: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr):
-    """Pointers ``[BN, DP]`` to the tokens of blocks; `entries_of` says of which."""
+    """Pointers ``[BN, DP]`` to the tokens of blocks; `entry_of_tokens` says of which."""
     lane = tl.arange(0, BN)
     d = tl.arange(0, DP)
     block = ((entry & BLOCK) * SIDE).to(tl.int64) * stride

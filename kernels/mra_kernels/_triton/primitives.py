@@ -96,6 +96,13 @@ def softmax_step_whole(dots, scale, values, peak, mass, weighted, PRECISION: tl.
 
 
 @triton.jit
+def load_norm(NORM, at, inside):
+    """What base-2 logits are reduced by; +inf where a row sees nothing."""
+    norm = tl.load(NORM + at, mask=inside, other=float("inf"))
+    return tl.where(norm == float("-inf"), float("inf"), norm)
+
+
+@triton.jit
 def block_row_facts(ROWS, row, inside):
     """Columns ``[whole first, whole stop)`` and ``[seen first, seen stop)`` of block rows."""
     at = ROWS + row.to(tl.int64) * ROW_FACTS

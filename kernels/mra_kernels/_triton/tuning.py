@@ -24,6 +24,14 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def rows_for(self, side: int) -> int:
+        """Rows of whole blocks of ``side``, where blocks are listed: at most four."""
+        return min(max(self.rows, side), 4 * side)
+
+    def keys_for(self, side: int) -> int:
+        """The same of keys."""
+        return min(max(self.keys, side), 4 * side)
+
 
 OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
 """Tiles to use instead of the table's, by (kernel, padded head width, dtype); kernel is

@@ -1,0 +1,320 @@
+"""Gradients over the opened blocks, to which those of the coarse term are added."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mra_kernels._triton import tuning
+from mra_kernels._triton.backward_coarse import coarse_gradients, prepare
+from mra_kernels._triton.forward import CHUNK, COARSE
+from mra_kernels._triton.lists import (
+    WHO,
+    entries_of,
+    entry_of_tokens,
+    list_keys,
+    list_queries,
+    load_tokens,
+    tokens_of,
+    visible_keys,
+)
+from mra_kernels._triton.mask_tables import MaskTables
+from mra_kernels._triton.plan import Settings
+from mra_kernels._triton.primitives import (
+    LOG2_E,
+    ROW_FACTS,
+    load_norm,
+    load_rows,
+    logits_of,
+    store_rows,
+)
+
+
+@triton.jit
+def _cap_slope(logits, softcap):
+    """Derivative of soft-capped logits with respect to those before."""
+    level = logits / softcap
+    return 1 - level * level
+
+
+@triton.jit
+def _query_step(
+    q, grad, norm, delta, K, V, entry, begin, stop, local, KEY_VALID, m, skn, svn,
+    scaling, softcap, dq,
+    SIDE: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k = load_tokens(K, entry, skn, m, SIDE, BN, D, DP, PLAIN)
+    v = load_tokens(V, entry, svn, m, SIDE, BN, DV, DVP, PLAIN)
+    logits = logits_of(tl.dot(q, tl.trans(k), input_precision=PRECISION), scaling, softcap, CAPPED)
+    weights = tl.math.exp2(logits * LOG2_E - norm[:, None])
+    if not PLAIN:
+        visible = visible_keys(entry, begin, stop, local, KEY_VALID, m, SIDE, BN)
+        weights = tl.where(visible, weights, 0.0)
+    dots = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    ddots = weights * (dots - delta[:, None])
+    if CAPPED:
+        ddots = ddots * _cap_slope(logits, softcap)
+    return tl.dot(ddots.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def backward_query_kernel(
+    Q, K, V, GRAD, TOTAL, DELTA, DQ, OPEN, ROWS, KEYS, INTERVALS, KEY_VALID, QUERY_POOLED,
+    COARSE_DQ, SHARE, LISTS,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdb, sdh, sdn,
+    heads, n, m, rows, cols, words, mask_step, scaling, softcap,
+    GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    COARSE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries. Grid: (tiles of ``BM`` queries, batch * heads)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    flat = tl.program_id(1).to(tl.int64)
+    LISTS += (flat * tl.num_programs(0) + tile) * CHUNK
+    batch, head = flat // heads, flat % heads
+    of_mask = batch * mask_step
+    K += batch * skb + head // GROUP * skh
+    V += batch * svb + head // GROUP * svh
+    OPEN += flat * rows * words
+    ROWS += of_mask * rows * ROW_FACTS
+    KEYS += of_mask * cols
+    INTERVALS += of_mask * n * 2
+    if KEY_VALID is not None:
+        KEY_VALID += of_mask * m
+    query = tile * BM + tl.arange(0, BM)
+    inside = query < n
+    first_row = tile * BM // SIDE
+    local = query // SIDE - first_row
+    begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
+    stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
+    q = load_rows(Q + batch * sqb + head * sqh, query, sqn, inside, D, DP)
+    grad = load_rows(GRAD + batch * sgb + head * sgh, query, sgn, inside, DV, DVP)
+    norm = load_norm(TOTAL, flat * n + query, inside)
+    delta = tl.load(DELTA + flat * n + query, mask=inside, other=0.0)
+    dq = tl.zeros([BM, DP], tl.float32)
+    TILE_ROWS: tl.constexpr = (BM + SIDE - 1) // SIDE
+    STEP: tl.constexpr = BN // SIDE
+    for col_0 in range(0, cols, CHUNK):
+        n_plain, n_listed = list_keys(
+            LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
+            SIDE, TILE_ROWS, CHUNK, STEP,
+        )  # fmt: skip
+        a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
+        for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
+            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
+            dq = _query_step(
+                q, grad, norm, delta, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn,
+                scaling, softcap, dq, SIDE, BN, D, DP, DV, DVP, CAPPED, True, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
+            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
+            dq = _query_step(
+                q, grad, norm, delta, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn,
+                scaling, softcap, dq, SIDE, BN, D, DP, DV, DVP, CAPPED, False, PRECISION,
+            )  # fmt: skip
+    dq = dq * scaling
+    if COARSE == 1:
+        row = query // SIDE
+        share = tl.load(SHARE + flat * rows + row, mask=inside, other=0.0)
+        if QUERY_POOLED is not None:
+            counted = tl.load(QUERY_POOLED + of_mask * n + query, mask=inside, other=0)
+            share = tl.where(counted != 0, share, 0.0)
+        dq += load_rows(COARSE_DQ + flat * rows * D, row, D, inside, D, DP) * share[:, None]
+    if COARSE == 2:
+        dq += load_rows(COARSE_DQ + flat * n * D, query, D, inside, D, DP)
+    store_rows(DQ + batch * sdb + head * sdh, query, sdn, dq, inside, D, DP)
+
+
+@triton.jit
+def _key_step(
+    k, v, Q, GRAD, NORM, DELTA, INTERVALS, entry, key, local, n, sqn, sgn, scaling, softcap,
+    dk, dv,
+    SIDE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q = load_tokens(Q, entry, sqn, n, SIDE, BM, D, DP, PLAIN)
+    grad = load_tokens(GRAD, entry, sgn, n, SIDE, BM, DV, DVP, PLAIN)
+    query = tokens_of(entry, SIDE, BM)
+    inside = query < n
+    norm = load_norm(NORM, query, inside)
+    delta = tl.load(DELTA + query, mask=inside, other=0.0)
+    logits = logits_of(tl.dot(k, tl.trans(q), input_precision=PRECISION), scaling, softcap, CAPPED)
+    weights = tl.math.exp2(logits * LOG2_E - norm[None, :])
+    if not PLAIN:
+        begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
+        stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
+        visible = (key[:, None] >= begin[None, :]) & (key[:, None] < stop[None, :])
+        if SIDE == BM:
+            visible = visible & (((entry >> (WHO + local)) & 1) == 1)[:, None]
+        else:
+            visible = visible & (((entry[None, :] >> (WHO + local)[:, None]) & 1) == 1)
+        weights = tl.where(visible, weights, 0.0)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    dots = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    ddots = weights * (dots - delta[None, :])
+    if CAPPED:
+        ddots = ddots * _cap_slope(logits, softcap)
+    dk = tl.dot(ddots.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def backward_key_kernel(
+    Q, K, V, GRAD, TOTAL, DELTA, DK, DV_, OPEN, ROWS, KEYS, INTERVALS, KEY_VALID,
+    COARSE_DK, COARSE_DV, LISTS,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdb, sdh, sdn, seb, seh, sen,
+    kv_heads, n, m, rows, cols, words, mask_step, scaling, softcap,
+    GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    COARSE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values. Grid: (tiles of ``BN`` keys, batch * key heads)."""
+    tile = tl.program_id(0)
+    kv_flat = tl.program_id(1).to(tl.int64)
+    LISTS += (kv_flat * tl.num_programs(0) + tile) * CHUNK
+    batch, kv_head = kv_flat // kv_heads, kv_flat % kv_heads
+    of_mask = batch * mask_step
+    ROWS += of_mask * rows * ROW_FACTS
+    KEYS += of_mask * cols
+    INTERVALS += of_mask * n * 2
+    key = tile * BN + tl.arange(0, BN)
+    real = key < m
+    if KEY_VALID is not None:
+        real = tl.load(KEY_VALID + of_mask * m + key, mask=real, other=0) != 0
+    first_col = tile * BN // SIDE
+    local = key // SIDE - first_col
+    # Keys that are padding stand outside every interval.
+    seen = tl.where(real, key, -1)
+    k = load_rows(K + batch * skb + kv_head * skh, key, skn, key < m, D, DP)
+    v = load_rows(V + batch * svb + kv_head * svh, key, svn, key < m, DV, DVP)
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DVP], tl.float32)
+    STEP: tl.constexpr = BM // SIDE
+    for each in range(0, GROUP):
+        head = kv_head * GROUP + each
+        flat = kv_flat * GROUP + each
+        q_base = Q + batch * sqb + head * sqh
+        grad_base = GRAD + batch * sgb + head * sgh
+        for row_0 in range(0, rows, CHUNK):
+            n_plain, n_listed = list_queries(
+                LISTS, OPEN + flat * rows * words, ROWS, KEYS, first_col, row_0, rows, cols,
+                words, n, SIDE, BN // SIDE, CHUNK, STEP,
+            )  # fmt: skip
+            a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
+            for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
+                here = entry_of_tokens(a, b, c, d, SIDE, BM)
+                a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
+                dk, dv = _key_step(
+                    k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
+                    seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
+                    SIDE, BM, D, DP, DV, DVP, CAPPED, True, PRECISION,
+                )  # fmt: skip
+            for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
+                here = entry_of_tokens(a, b, c, d, SIDE, BM)
+                a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
+                dk, dv = _key_step(
+                    k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
+                    seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
+                    SIDE, BM, D, DP, DV, DVP, CAPPED, False, PRECISION,
+                )  # fmt: skip
+    dk = dk * scaling
+    if COARSE != 0:
+        col = key // SIDE
+        there = col < cols
+        share = tl.load(KEYS + col, mask=there, other=1).to(tl.float32)
+        share = tl.where(real, 1 / tl.maximum(share, 1.0), 0.0)
+        dk += load_rows(COARSE_DK + kv_flat * cols * D, col, D, there, D, DP) * share[:, None]
+        dv += load_rows(COARSE_DV + kv_flat * cols * DV, col, DV, there, DV, DVP) * share[:, None]
+    store_rows(DK + batch * sdb + kv_head * sdh, key, sdn, dk, key < m, D, DP)
+    store_rows(DV_ + batch * seb + kv_head * seh, key, sen, dv, key < m, DV, DVP)
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    total: Tensor,
+    grad: Tensor,
+    peak: Tensor | None,
+    means: tuple[Tensor, Tensor, Tensor] | None,
+    opened: Tensor,
+    tables: MaskTables,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, and ``grad . output`` float32 ``[B, H, N]``.
+
+    Args:
+        query, key, value: As in `attend`.
+        output, total: What it gave.
+        grad: Gradient of the output, features adjacent.
+        peak: Of the `Plan`, for ``coarse="pooled"``.
+        means: Of queries, keys and values, unless ``coarse="none"``.
+        opened: Bits of the `Plan`.
+    """
+    (batch, heads, n, width), (kv_heads, m, value_width) = query.shape, value.shape[1:]
+    rows, words = opened.shape[1:]
+    cols = tables.keys_per_block.shape[1]
+    delta, block_grad, block_delta, share = prepare(
+        output, grad, total, peak, tables, settings.side
+    )
+    coarse_dq = coarse_dk = coarse_dv = None
+    if means is not None:
+        of_rows = query, grad, total, delta
+        if peak is not None:
+            assert block_grad is not None and block_delta is not None
+            of_rows = means[0], block_grad, peak, block_delta
+        coarse_dq, coarse_dk, coarse_dv = coarse_gradients(
+            *of_rows, means[1], means[2], opened, tables, settings
+        )
+    dq, dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    )
+    counts = n, m, rows, cols, words, int(tables.rows.shape[0] > 1)
+    numbers = settings.scaling, settings.softcap or 1.0
+    strides = [stride for x in (query, key, value, grad) for stride in x.stride()[:3]]
+    shared = {
+        "GROUP": heads // kv_heads,
+        "SIDE": settings.side,
+        "D": width,
+        "DP": tuning.padded(width),
+        "DV": value_width,
+        "DVP": tuning.padded(value_width),
+        "COARSE": COARSE[settings.coarse],
+        "CAPPED": settings.softcap is not None,
+        "PRECISION": tuning.precision(),
+    }
+
+    def cut(kernel: str, most: int) -> tuple[int, dict[str, int]]:
+        """Tiles along the grid, and settings; ``most`` blocks can be on a list."""
+        tiles = tuning.tiles(kernel, query, value)
+        bm, bn = tiles.rows_for(settings.side), tiles.keys_for(settings.side)
+        chunk = min(CHUNK, tuning.padded(most))
+        length, step = (n, bm) if kernel == "backward_query" else (m, bn)
+        return -(-length // step), {
+            "BM": bm, "BN": bn, "CHUNK": chunk, "STAGES": tiles.stages, "num_warps": tiles.warps,
+        }  # fmt: skip
+
+    tiles, shapes = cut("backward_query", cols)
+    lists = opened.new_empty((batch * heads, tiles, shapes["CHUNK"]))
+    tuning.launch(
+        backward_query_kernel, (tiles, batch * heads),
+        query, key, value, grad, total, delta, dq, opened, tables.rows, tables.keys_per_block,
+        tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share, lists,
+        *strides, *dq.stride()[:3], heads, *counts, *numbers, **shared, **shapes,
+    )  # fmt: skip
+    tiles, shapes = cut("backward_key", rows)
+    lists = opened.new_empty((batch * kv_heads, tiles, shapes["CHUNK"]))
+    tuning.launch(
+        backward_key_kernel, (tiles, batch * kv_heads),
+        query, key, value, grad, total, delta, dk, dv, opened, tables.rows, tables.keys_per_block,
+        tables.intervals, tables.key_valid, coarse_dk, coarse_dv, lists,
+        *strides, *dk.stride()[:3], *dv.stride()[:3], kv_heads, *counts, *numbers,
+        **shared, **shapes,
+    )  # fmt: skip
+    return dq, dk, dv, delta

@@ -1,0 +1,246 @@
+"""Gradients of the coarse term, between rows and block means.
+
+The rows are queries, each with the gradient of its output, for ``coarse="per_query"``. For
+``pooled`` they are block means: the weights of a block's queries differ by a factor
+``exp(-lse)`` only, so their gradients, summed with it, are the gradient of one row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mra_kernels._triton import tuning
+from mra_kernels._triton.mask_tables import MaskTables
+from mra_kernels._triton.plan import Settings
+from mra_kernels._triton.primitives import (
+    LOG2_E,
+    ROW_FACTS,
+    block_row_facts,
+    load_norm,
+    load_rows,
+    logit_slopes,
+    logits_of,
+    store_rows,
+)
+
+
+@triton.jit
+def prepare_kernel(
+    OUTPUT, GRAD, TOTAL, PEAK, QUERY_POOLED, DELTA, BLOCK_GRAD, BLOCK_DELTA, SHARE,
+    sob, soh, son, sgb, sgh, sgn, heads, n, rows, mask_step,
+    DV: tl.constexpr, DVP: tl.constexpr, SIDE: tl.constexpr, POOLED: tl.constexpr,
+):  # fmt: skip
+    """``grad . output`` of each query and, for ``POOLED``, the gradient of its block's row and the
+    share a pooled query has of its mean. Grid: (rows of blocks, batch * heads)."""
+    row = tl.program_id(0)
+    flat = tl.program_id(1).to(tl.int64)
+    batch, head = flat // heads, flat % heads
+    query = row * SIDE + tl.arange(0, SIDE)
+    inside = query < n
+    output = load_rows(OUTPUT + batch * sob + head * soh, query, son, inside, DV, DVP)
+    grad = load_rows(GRAD + batch * sgb + head * sgh, query, sgn, inside, DV, DVP).to(tl.float32)
+    delta = tl.sum(grad * output.to(tl.float32), 1)
+    tl.store(DELTA + flat * n + query, delta, mask=inside)
+    if POOLED:
+        total = tl.load(TOTAL + flat * n + query, mask=inside, other=float("-inf"))
+        peak = tl.load(PEAK + flat * rows + row)
+        seeing = total > float("-inf")
+        factor = tl.where(seeing, tl.math.exp2(peak - tl.where(seeing, total, 0.0)), 0.0)
+        d = tl.arange(0, DVP)
+        at = flat * rows + row
+        tl.store(BLOCK_GRAD + at * DV + d, tl.sum(factor[:, None] * grad, 0), mask=d < DV)
+        tl.store(BLOCK_DELTA + at, tl.sum(factor * delta, 0))
+        counted = inside
+        if QUERY_POOLED is not None:
+            at_query = QUERY_POOLED + batch * mask_step * n + query
+            counted = tl.load(at_query, mask=inside, other=0) != 0
+        tl.store(SHARE + at, 1 / tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0))
+
+
+@triton.jit
+def _coarse_tile(
+    x, grad, norm, delta, row, k_mean, v_mean, col, OPEN, ROWS, KEYS, rows, cols, words,
+    scaling, softcap, BLOCK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights and gradients of dot products, float32 ``[RB, CB]``, of pairs that are left."""
+    of_block = row // BLOCK
+    inside = of_block < rows
+    whole_first, whole_stop, _, _ = block_row_facts(ROWS, of_block, inside)
+    at = OPEN + of_block.to(tl.int64)[:, None] * words + (col // 32)[None, :]
+    word = tl.load(at, mask=inside[:, None] & (col < cols)[None, :], other=-1)
+    n_keys = tl.load(KEYS + col, mask=col < cols, other=0)
+    left = ((word >> (col % 32)[None, :]) & 1) == 0
+    left = left & (col[None, :] >= whole_first[:, None]) & (col[None, :] < whole_stop[:, None])
+    left = left & (n_keys > 0)[None, :]
+    dots = tl.dot(x, tl.trans(k_mean), input_precision=PRECISION)
+    size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
+    logits = logits_of(dots, scaling, softcap, CAPPED) * LOG2_E + size[None, :]
+    weights = tl.math.exp2(tl.where(left, logits - norm[:, None], float("-inf")))
+    slopes = logit_slopes(dots, scaling, softcap, CAPPED)
+    values = tl.dot(grad, tl.trans(v_mean), input_precision=PRECISION)
+    return weights, weights * (values - delta[:, None]) * slopes
+
+
+@triton.jit
+def coarse_rows_kernel(
+    X, GRAD, NORM, DELTA, K_MEANS, V_MEANS, OPEN, ROWS, KEYS, DX,
+    sxb, sxh, sxn, sgb, sgh, sgn, heads, n, rows, cols, words, mask_step, scaling, softcap,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rows, ``BLOCK`` of which share a row of blocks. Grid: (tiles, batch * heads)."""
+    flat = tl.program_id(1).to(tl.int64)
+    batch, head = flat // heads, flat % heads
+    row = tl.program_id(0) * RB + tl.arange(0, RB)
+    inside = row < n
+    x = load_rows(X + batch * sxb + head * sxh, row, sxn, inside, D, DP)
+    grad = load_rows(GRAD + batch * sgb + head * sgh, row, sgn, inside, DV, DVP)
+    norm = load_norm(NORM, flat * n + row, inside)
+    delta = tl.load(DELTA + flat * n + row, mask=inside, other=0.0)
+    K_MEANS += flat // GROUP * cols * D
+    V_MEANS += flat // GROUP * cols * DV
+    OPEN += flat * rows * words
+    ROWS += batch * mask_step * rows * ROW_FACTS
+    KEYS += batch * mask_step * cols
+    dx = tl.zeros([RB, DP], tl.float32)
+    for col_0 in range(0, cols, CB):
+        col = col_0 + tl.arange(0, CB)
+        k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(x.dtype)
+        v_mean = load_rows(V_MEANS, col, DV, col < cols, DV, DVP).to(x.dtype)
+        _weights, ddots = _coarse_tile(
+            x, grad, norm, delta, row, k_mean, v_mean, col, OPEN, ROWS, KEYS, rows, cols, words,
+            scaling, softcap, BLOCK, CAPPED, PRECISION,
+        )  # fmt: skip
+        dx = tl.dot(ddots.to(x.dtype), k_mean, dx, input_precision=PRECISION)
+    store_rows(DX + flat * n * D, row, D, dx, inside, D, DP)
+
+
+@triton.jit
+def coarse_cols_kernel(
+    X, GRAD, NORM, DELTA, K_MEANS, V_MEANS, OPEN, ROWS, KEYS, DK, DV_MEANS,
+    sxb, sxh, sxn, sgb, sgh, sgn, kv_heads, n, rows, cols, words, mask_step, scaling, softcap,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the means of keys and values. Grid: (tiles of columns, batch * key heads)."""
+    kv_flat = tl.program_id(1).to(tl.int64)
+    batch = kv_flat // kv_heads
+    col = tl.program_id(0) * CB + tl.arange(0, CB)
+    there = col < cols
+    ROWS += batch * mask_step * rows * ROW_FACTS
+    KEYS += batch * mask_step * cols
+    k_mean = load_rows(K_MEANS + kv_flat * cols * D, col, D, there, D, DP).to(X.dtype.element_ty)
+    v_mean = load_rows(V_MEANS + kv_flat * cols * DV, col, DV, there, DV, DVP)
+    v_mean = v_mean.to(X.dtype.element_ty)
+    dk = tl.zeros([CB, DP], tl.float32)
+    dv = tl.zeros([CB, DVP], tl.float32)
+    for each in range(0, GROUP):
+        flat = kv_flat * GROUP + each
+        head = flat % (kv_heads * GROUP)
+        for row_0 in range(0, n, RB):
+            row = row_0 + tl.arange(0, RB)
+            inside = row < n
+            x = load_rows(X + batch * sxb + head * sxh, row, sxn, inside, D, DP)
+            grad = load_rows(GRAD + batch * sgb + head * sgh, row, sgn, inside, DV, DVP)
+            norm = load_norm(NORM, flat * n + row, inside)
+            delta = tl.load(DELTA + flat * n + row, mask=inside, other=0.0)
+            weights, ddots = _coarse_tile(
+                x, grad, norm, delta, row, k_mean, v_mean, col, OPEN + flat * rows * words, ROWS,
+                KEYS, rows, cols, words, scaling, softcap, BLOCK, CAPPED, PRECISION,
+            )  # fmt: skip
+            dk = tl.dot(tl.trans(ddots).to(x.dtype), x, dk, input_precision=PRECISION)
+            dv = tl.dot(tl.trans(weights).to(x.dtype), grad, dv, input_precision=PRECISION)
+    store_rows(DK + kv_flat * cols * D, col, D, dk, there, D, DP)
+    store_rows(DV_MEANS + kv_flat * cols * DV, col, DV, dv, there, DV, DVP)
+
+
+def prepare(
+    output: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    peak: Tensor | None,
+    tables: MaskTables,
+    side: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What later launches need of each query and row of blocks; see `prepare_kernel`.
+
+    Args:
+        output, grad: ``[B, H, N, Dv]``, features adjacent.
+        total: ``[B, H, N]``.
+        peak: ``[B * H, R]`` for ``coarse="pooled"``, else None.
+
+    Returns:
+        ``grad . output`` float32 ``[B, H, N]``, and for ``pooled`` float32 gradients of rows of
+        blocks ``[B, H, R, Dv]``, the same weighted by output ``[B, H, R]``, and shares
+        ``[B, H, R]``.
+    """
+    batch, heads, n, width = output.shape
+    rows = tables.rows.shape[1]
+    delta = torch.empty_like(total)
+    pooled = peak is not None
+    block_grad = total.new_empty(batch, heads, rows, width) if pooled else None
+    block_delta, share = (total.new_empty(batch, heads, rows) if pooled else None for _ in "ab")
+    tuning.launch(
+        prepare_kernel, (rows, batch * heads),
+        output, grad, total, peak, tables.query_pooled, delta, block_grad, block_delta, share,
+        *output.stride()[:3], *grad.stride()[:3], heads, n, rows, int(tables.rows.shape[0] > 1),
+        DV=width, DVP=tuning.padded(width), SIDE=side, POOLED=pooled, num_warps=4,
+    )  # fmt: skip
+    return delta, block_grad, block_delta, share
+
+
+def coarse_gradients(
+    x: Tensor,
+    grad: Tensor,
+    norm: Tensor,
+    delta: Tensor,
+    k_means: Tensor,
+    v_means: Tensor,
+    opened: Tensor,
+    tables: MaskTables,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows ``x``, means of keys, and means of values, float32.
+
+    Args:
+        x, grad: Queries and gradients of outputs, or the same of rows of blocks, ``[B, H, n, D]``
+            and ``[B, H, n, Dv]``, features adjacent.
+        norm, delta: ``[B, H, n]``: `Attended.total`, or `Plan.peak`; and from `prepare`.
+        k_means, v_means: ``[B, Hkv, C, D]`` and ``[B, Hkv, C, Dv]``.
+        opened: Bits of a `Plan`.
+    """
+    (batch, heads, n, width), (kv_heads, cols, value_width) = x.shape, v_means.shape[1:]
+    rows, words = opened.shape[1:]
+    dx = x.new_empty(x.shape, dtype=torch.float32)
+    dk, dv = torch.empty_like(k_means), torch.empty_like(v_means)
+    shared = {
+        "GROUP": heads // kv_heads,
+        "BLOCK": 1 if settings.coarse == "pooled" else settings.side,
+        "D": width,
+        "DP": tuning.padded(width),
+        "DV": value_width,
+        "DVP": tuning.padded(value_width),
+        "RB": 32,
+        "CB": 32,
+        "CAPPED": settings.softcap is not None,
+        "PRECISION": "ieee" if settings.coarse == "pooled" else tuning.precision(),
+        "num_warps": 4,
+    }
+    inputs = x, grad, norm, delta, k_means, v_means, opened, tables.rows, tables.keys_per_block
+    strides = *x.stride()[:3], *grad.stride()[:3]
+    counts = n, rows, cols, words, int(tables.rows.shape[0] > 1)
+    numbers = settings.scaling, settings.softcap or 1.0
+    tuning.launch(
+        coarse_rows_kernel, (-(-n // 32), batch * heads),
+        *inputs, dx, *strides, heads, *counts, *numbers, **shared,
+    )  # fmt: skip
+    tuning.launch(
+        coarse_cols_kernel, (-(-cols // 32), batch * kv_heads),
+        *inputs, dk, dv, *strides, kv_heads, *counts, *numbers, **shared,
+    )  # fmt: skip
+    return dx, dk, dv
