@@ -25,8 +25,10 @@ from triton_cpu.ops import emit_op
 from triton_cpu.specialize import AMPERE, Specialization, specialize
 from triton_cpu.ttir import parse
 
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fwrapv", "-fno-math-errno", "-fno-trapping-math"]
-_FLAGS += ["-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+# -O3 runs 1.5 times as fast and compiles three times as long.
+_FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fopenmp"]
+_FLAGS += ["-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
+_FLAGS += ["-shared", "-fPIC", "-w"]
 _MAX_ARGS = 96
 
 
