@@ -79,6 +79,12 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def mean_precision(device: torch.device) -> str:
+    """The same of block means: three tensor core products where those give float32's precision."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return "tf32x3" if nvidia and capability(device) >= (8, 0) else "ieee"
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
     """Launches on the device of the first tensor."""
     LAUNCHER(kernel, grid, arguments, settings)
