@@ -1,0 +1,70 @@
+"""The calls whose kernels are compiled: the table of `tuning`, as the launchers read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention
+from mra_kernels._triton import tuning
+from triton_static.compiled import CAPABILITIES, TARGETS, Planned, recorded
+
+N = 16384
+"""Length of the calls: long enough for what is cut by length to be at its longest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call; ``kernels``: the only ones of it to look at, the others are those of another case."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    width: int = 64
+    coarse: str = "pooled"
+    backward: bool = False
+    kernels: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = tuple(TARGETS)
+
+
+_ATTEND = ("forward_kernel",)
+_TWO = ("sm_80", "sm_90")
+CASES = [
+    Case("d64"),
+    Case("d128", width=128),
+    Case("d64 per_query", coarse="per_query", kernels=_ATTEND, architectures=_TWO),
+    Case("d256", width=256, kernels=_ATTEND, architectures=_TWO),
+    Case("fp32 d64", torch.float32, kernels=_ATTEND, architectures=_TWO),
+    Case("fp32 d128", torch.float32, width=128, kernels=_ATTEND, architectures=_TWO),
+]
+
+
+@contextmanager
+def _as_on(architecture: str) -> Iterator[None]:
+    before = tuning.capability, tuning.LAUNCHER
+    tuning.capability = lambda device: CAPABILITIES[architecture]
+    tuning.LAUNCHER = lambda kernel, grid, args, settings: kernel[grid](*args, **settings)
+    try:
+        yield
+    finally:
+        tuning.capability, tuning.LAUNCHER = before
+
+
+def launches(case: Case, architecture: str, n: int = N) -> list[Planned]:
+    """What the call launches there; nothing is run, and nobody looks at results."""
+    query = torch.zeros(1, 2, n, case.width, dtype=case.dtype)
+    key, value = (torch.zeros(1, 1, n, case.width, dtype=case.dtype) for _ in range(2))
+    config = MraAttentionConfig(resolutions=(32, 1), budget=0.1, coarse=case.coarse)
+    mask = AttentionMask.causal(n)
+    for tensor in (query, key, value):
+        tensor.requires_grad_(case.backward)
+    with _as_on(architecture), recorded() as planned:
+        output = mra_attention(query, key, value, config=config, mask=mask, impl="triton").output
+        if case.backward:
+            planned.clear()
+            output.backward(output.detach())
+    chosen = [p for p in planned if not case.kernels or p.kernel.fn.__name__ in case.kernels]
+    assert chosen, f"{case.name} launches none of {case.kernels}"
+    return chosen
