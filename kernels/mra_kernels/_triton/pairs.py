@@ -21,9 +21,15 @@ def pair_logits(
     q, K_MEANS, col, cols, scaling, softcap,
     D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of mean queries ``[RB, DP]`` and the mean keys of blocks ``col``, natural."""
+    """Logits of mean queries ``[RB, DP]`` and the mean keys of blocks ``col``, natural.
+
+    The choice at the end keeps compilers from fusing the last product with what follows, which
+    would round the same score differently in different kernels.
+    """
     k = load_rows(K_MEANS, col, D, col < cols, D, DP)
-    return logits_of(tl.dot(q, tl.trans(k), input_precision=PRECISION), scaling, softcap, CAPPED)
+    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits = logits_of(dots, scaling, softcap, CAPPED)
+    return tl.where((col < cols)[None, :], logits, 0.0)
 
 
 @triton.jit

@@ -168,13 +168,13 @@ def select(
         "PRECISION": tuning.mean_precision(q_means.device),
         "RB": 16,
     }
-    by_count, tiles = settings.by_count, -(-rows // 16)
+    by_count, tiles, tile_cols = settings.by_count, -(-rows // 16), 64 if width <= 64 else 32
     if settings.by_row:
         one_tile = cols <= _WIDEST_TILE
         tuning.launch(
             row_threshold_kernel, (tiles, flat),
             *inputs, best, thresholds, *numbers, mask_step,
-            CB=tuning.padded(cols) if one_tile else 64, ONE_TILE=one_tile, BY_COUNT=by_count,
+            CB=tuning.padded(cols) if one_tile else tile_cols, ONE_TILE=one_tile, BY_COUNT=by_count,
             num_warps=8, **shared,
         )  # fmt: skip
     else:
@@ -185,7 +185,7 @@ def select(
             head_threshold_kernel, (tiles, flat),
             *inputs, best, thresholds, tallies, arrived, cursors,
             budgets.new_empty(flat, 2 * CANDIDATES), *numbers, mask_step,
-            CB=64, SEGMENTS=segments, FIRST_BITS=FIRST_BITS, CANDIDATES=CANDIDATES,
+            CB=tile_cols, SEGMENTS=segments, FIRST_BITS=FIRST_BITS, CANDIDATES=CANDIDATES,
             BY_COUNT=by_count, num_warps=4, **shared,
         )  # fmt: skip
     words = -(-cols // 32)
@@ -199,7 +199,7 @@ def select(
         q_means, k_means, v_means if pooled else q_means, tables.rows, tables.keys_per_block,
         tables.first, best, thresholds, opened, rescued, peak, mass, weighted,
         *numbers, words, thresholds.shape[1], mask_step,
-        DV=value_width, DVP=tuning.padded(value_width), CB=64 if width <= 64 else 32,
+        DV=value_width, DVP=tuning.padded(value_width), CB=tile_cols,
         BY_ROW=settings.by_row, POOLED=pooled, RESCUE=rescue, num_warps=4, num_stages=2, **shared,
     )  # fmt: skip
     return Plan(opened, rescued, peak, mass, weighted)

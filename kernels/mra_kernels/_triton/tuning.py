@@ -33,6 +33,9 @@ class Tiles(NamedTuple):
         return min(max(self.keys, side), 4 * side)
 
 
+_MI300 = (9, 4), (9, 5)
+"""What torch reports for gfx942 and gfx950."""
+
 OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
 """Tiles to use instead of the table's, by (kernel, padded head width, dtype); kernel is
 ``forward``, ``backward_query`` or ``backward_key``."""
@@ -80,9 +83,9 @@ def precision() -> str:
 
 
 def mean_precision(device: torch.device) -> str:
-    """The same of block means: three tensor core products where those give float32's precision."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return "tf32x3" if nvidia and capability(device) >= (8, 0) else "ieee"
+    """The same of block means: three products on tensor cores, where that is as good as float32."""
+    amd = torch.version.hip is not None or capability(device) in _MI300
+    return "ieee" if amd else "tf32x3"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
