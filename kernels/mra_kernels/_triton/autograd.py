@@ -13,7 +13,7 @@ from mra_kernels._triton.forward import attend
 from mra_kernels._triton.mask_tables import MaskTables, mask_tables
 from mra_kernels._triton.plan import Settings, selection_of
 from mra_kernels._triton.pooling import pooled
-from mra_kernels._triton.selection import select
+from mra_kernels._triton.selection import select, tally_space
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
@@ -60,14 +60,17 @@ def mra_forward(
     new_key, new_value = (None, None) if means else (key, value)
     if coarse == "none":
         new_value = None
-    q_means, k_means, v_means = pooled(query, new_key, new_value, query_pooled, key_valid, side)
+    n_zeros = tally_space(query.shape[0] * query.shape[1], described, settings)
+    q_means, k_means, v_means, zeros = pooled(
+        query, new_key, new_value, query_pooled, key_valid, side, n_zeros
+    )
 
     def given(x: Tensor | None) -> Tensor:
         return query.new_empty(0) if x is None else x
 
     k, v = (means[0], means[1]) if means else (k_means, v_means)
     assert k is not None
-    plan = select(q_means, k, v, described, budgets, settings)
+    plan = select(q_means, k, v, described, budgets, settings, zeros)
     result = attend(query, key, value, described, plan, k, v, sinks, settings)
     return (
         *result,

@@ -31,13 +31,19 @@ def _pool_block(
 
 @triton.jit
 def pool_kernel(
-    Q, K, V, Q_MEANS, K_MEANS, V_MEANS, Q_VALID, K_VALID,
+    Q, K, V, Q_MEANS, K_MEANS, V_MEANS, Q_VALID, K_VALID, ZEROS,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
-    heads, kv_heads, n, m, q_valid_step, k_valid_step,
+    heads, kv_heads, n, m, q_valid_step, k_valid_step, n_zeros,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (most blocks of any input, query heads + 2 * key heads, batch)."""
+    """Writes zeros that later launches need, too. Grid: (most blocks of any input, query heads
+    and twice the key heads, batch)."""
     block, which, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks, inputs = tl.num_programs(0), tl.num_programs(1)
+    own = (tl.program_id(2) * inputs + which) * blocks + block
+    for first in range(own * 256, n_zeros, blocks * inputs * tl.num_programs(2) * 256):
+        at = first + tl.arange(0, 256)
+        tl.store(ZEROS + at, tl.zeros([256], tl.int64), mask=at < n_zeros)
     if which < heads:
         if block * SIDE < n:
             _pool_block(
@@ -64,8 +70,10 @@ def pooled(
     query_valid: Tensor | None,
     key_valid: Tensor | None,
     side: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Means of the blocks of each input that is given, float32 ``[B, heads, blocks, D]``.
+    n_zeros: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Means of the blocks of each input that is given, float32 ``[B, heads, blocks, D]``; and
+    zeros, int64 ``[n_zeros]``.
 
     Args:
         query, key, value: ``[B, H, N, D]``, ``[B, Hkv, M, D]``, ``[B, Hkv, M, Dv]``.
@@ -91,13 +99,14 @@ def pooled(
     def strides(tokens: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0) if tokens is None else tokens.stride()[:3]
 
+    zeros = query.new_empty(n_zeros, dtype=torch.int64)
     grid = (-(-max(n, m) // side), heads + 2 * kv_heads, batch)
     tuning.launch(
         pool_kernel, grid,
-        query, key, value, q_means, k_means, v_means, query_valid, key_valid,
+        query, key, value, q_means, k_means, v_means, query_valid, key_valid, zeros,
         *strides(query), *strides(key), *strides(value),
-        heads, kv_heads, n, m, step(query_valid), step(key_valid),
+        heads, kv_heads, n, m, step(query_valid), step(key_valid), n_zeros,
         D=width, DP=tuning.padded(width), DV=value_width, DVP=tuning.padded(value_width),
         SIDE=side, num_warps=2,
     )  # fmt: skip
-    return q_means, k_means, v_means
+    return q_means, k_means, v_means, zeros

@@ -33,6 +33,9 @@ class Tiles(NamedTuple):
         return min(max(self.keys, side), 4 * side)
 
 
+_MI300 = (9, 4), (9, 5)
+"""What torch reports for gfx942 and gfx950."""
+
 OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
 """Tiles to use instead of the table's, by (kernel, padded head width, dtype); kernel is
 ``forward``, ``backward_query`` or ``backward_key``."""
@@ -77,6 +80,12 @@ def padded(width: int) -> int:
 def precision() -> str:
     """How products of float32 numbers are computed: as torch's own are allowed to be."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def mean_precision(device: torch.device) -> str:
+    """The same of block means: three products on tensor cores, where that is as good as float32."""
+    amd = torch.version.hip is not None or capability(device) in _MI300
+    return "ieee" if amd else "tf32x3"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
