@@ -17,6 +17,7 @@ from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa
 from mra_kernels.testing import make_qkv  # noqa: E402
 from triton_cases import launched_by, plainly  # noqa: E402
 from triton_cpu import Executor  # noqa: E402
+from triton_static.predict import SWEEPS  # noqa: E402
 
 N, SIDE = 4096, 32
 BACKWARD = {"pooled": 5, "per_query": 5, "none": 3}
@@ -93,3 +94,12 @@ def test_a_backward_pass_writes_each_gradient_once(coarse):
         last = [one for one in backward if one.stored_bytes.get(name)][-1]
         assert last.stored_bytes[name] == bytes_of(tensor), stored
     assert all(not x.grad.isnan().any() for x in (query, key, value))
+
+
+def test_predictions_score_blocks_as_often_as_the_kernels():
+    _, (_, threshold, opener, _), _, _ = run("pooled")
+    for launch, sweeps in [(threshold, SWEEPS["threshold"] + SWEEPS["alone"]), (opener, 1)]:
+        values = launch.values
+        tiles = N // SIDE // values["RB"] * 2
+        assert launch.loaded_bytes["K_MEANS"] == sweeps * tiles * (N // SIDE) * values["D"] * 4
+    assert SWEEPS["open"] == 1
