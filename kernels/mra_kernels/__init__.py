@@ -1,6 +1,6 @@
 """Multi-resolution attention (MRA) operators: torch only, no transformers."""
 
-from mra_kernels.api import Impl, MraResult, implementations, mra_attention
+from mra_kernels.api import Impl, MraResult, implementations, mra_attention, reason_against
 from mra_kernels.config import PRESETS, MraAttentionConfig, MraKeysConfig
 from mra_kernels.decode import KeyPyramid
 from mra_kernels.exact import exact_attention, exact_with_lse
@@ -20,4 +20,5 @@ __all__ = [
     "exact_with_lse",
     "implementations",
     "mra_attention",
+    "reason_against",
 ]

@@ -109,7 +109,7 @@ def mra_attention(
         if impl == "native":
             output, lse, plan = native.mra_native(*call, config, rule, sinks, pyramid)
         elif impl == "triton":
-            output, lse, plan = _triton.mra_triton(*call, config, rule, sinks)
+            output, lse, plan = _triton.mra_triton(*call, config, rule, sinks, pyramid)
         else:
             output, lse, plan = mra_reference(*call, config, rule, sinks, selection)
     if layout is not None:

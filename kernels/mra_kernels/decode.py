@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mra_kernels import native
+from mra_kernels import _triton, native
 
 _ROOM = 1.25
 """A growing cache is given this much more room than it needs, so that it is seldom moved."""
@@ -31,12 +31,12 @@ class KeyPyramid:
         """Take in the tokens from ``self.length`` on; those before must not have changed.
 
         Args:
-            key: All keys so far, ``[B, Hkv, M, D]``, on the CPU.
+            key: All keys so far, ``[B, Hkv, M, D]``.
             value: ``[B, Hkv, M, Dv]``.
             valid: False for padding, bool ``[B or 1, M]``; None: all real.
 
         Raises:
-            RuntimeError: The C++ path can't be used here.
+            RuntimeError: Neither the C++ path nor Triton can be used here.
         """
         if key.shape[2] == self.length:
             return
@@ -46,7 +46,11 @@ class KeyPyramid:
         valid = None if valid is None else valid[:, first:]
         for tokens, means in ((key, self.keys), (value, self.values)):
             into = {side: mean[:, :, first // side :] for side, mean in means.items()}
-            native.block_means(native.floats(tokens[:, :, first:]), valid, self.sides, into)
+            new = tokens[:, :, first:]
+            if tokens.device.type == "cpu" and not _triton.runs_on_cpu():
+                native.block_means(native.floats(new), valid, self.sides, into)
+            else:
+                _triton.block_means(new, valid, self.sides, into)
         self.length = key.shape[2]
 
     def blocks(self, n_keys: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

@@ -30,7 +30,7 @@ from mra_cli.methods.tff import Tff
 from mra_cli.methods.topk import TopK
 from mra_cli.methods.vmean import VMean
 from mra_cli.methods.window import Window
-from mra_kernels import PRESETS, MraKeysConfig, implementations, native
+from mra_kernels import PRESETS, MraKeysConfig, implementations, reason_against
 from mra_kernels.api import Impl
 
 if TYPE_CHECKING:
@@ -177,9 +177,11 @@ def reason_against_impl(
 ) -> str | None:
     """Why the implementation that was asked for can't compute a call; None if it can, or if none
     was asked for."""
-    if not isinstance(method, MraFamily) or method.impl != "native":
+    if not isinstance(method, MraFamily) or method.impl == "auto":
         return None
-    if backward:
+    if backward and method.impl == "native":
         return "native has no gradients"
-    tensors = call.query, call.key, call.value, call.sinks, call.bias
-    return native.reason_against(*tensors, mask=call.mask)
+    tensors = call.query, call.key, call.value, call.sinks
+    return reason_against(
+        method.impl, *tensors, mask=call.mask, config=method.config, bias=call.bias
+    )

@@ -19,7 +19,7 @@ from mra_kernels import (
     MraKeysConfig,
     MraResult,
     mra_attention,
-    native,
+    reason_against,
 )
 from mra_kernels.api import Impl
 from mra_kernels.keys import KeyChoice
@@ -174,7 +174,9 @@ class Mra(MraFamily):
                 f"a cache of {cached / 1e6:.1f} million numbers is read faster than chosen from "
                 f"(it pays from {least_cached / 1e6:.0f} million on)"
             )
-        return native.reason_against(call.query, call.key, call.sinks, call.bias, mask=call.mask)
+        fast = "native" if call.query.device.type == "cpu" else "triton"
+        given = call.query, call.key, call.value, call.sinks
+        return reason_against(fast, *given, mask=call.mask, config=self.config, bias=call.bias)
 
     def multiply_adds(self, call: AttentionCall, result: AttentionResult) -> int:
         """A dot product and a weighted value per score evaluated, pooled or exact. A few per cent

@@ -14,6 +14,7 @@ from mra_kernels.config import MraAttentionConfig, MraKeysConfig
 from mra_kernels.masks import AttentionMask
 
 if TYPE_CHECKING:
+    from mra_kernels.decode import KeyPyramid
     from mra_kernels.scores import ScoreRule
     from mra_kernels.selection import Selection
 
@@ -21,7 +22,7 @@ SIDES = (16, 32, 64)
 WIDEST = 256
 _MOST_PAIRS, _MOST_ENTRIES = 1 << 27, 1 << 36
 
-__all__ = ["mra_triton", "reason_against", "reason_here", "runs_on_cpu"]
+__all__ = ["block_means", "mra_triton", "reason_against", "reason_here", "runs_on_cpu"]
 
 
 def reason_against(
@@ -104,16 +105,39 @@ def mra_triton(
     config: MraAttentionConfig,
     rule: ScoreRule,
     sinks: Tensor | None,
-    means: tuple[Tensor, Tensor] | None = None,
+    pyramid: KeyPyramid | None = None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """MRA attention; arguments and results as in `mra_reference`, lse in float32.
 
     Gradients reach queries, keys, values and sinks, not through lse.
 
-    Args:
-        means: Means of the blocks of these keys and values, float32 ``[B, Hkv, C, D]``; None: work
-            them out.
+    ``pyramid``: means of the blocks of these keys and values; None, or where gradients
+    are wanted: work them out.
     """
     from mra_kernels._triton import autograd
 
+    means = None
+    if pyramid is not None and not torch.is_grad_enabled():
+        keys, values = pyramid.blocks(key.shape[2])
+        means = keys[config.resolutions[0]], values[config.resolutions[0]]
     return autograd.mra_triton(query, key, value, mask, config, rule, sinks, means)
+
+
+def block_means(
+    tokens: Tensor, valid: Tensor | None, sides: tuple[int, ...], into: dict[int, Tensor]
+) -> None:
+    """Means of blocks of ``[B, H, n, d]`` tokens, written into ``[B, H, n / side or more, d]``.
+
+    Args:
+        tokens: Features adjacent, or they are copied.
+        valid: False for padding, bool ``[B or 1, n]``; None: all real.
+        sides: Powers of two.
+        into: Where to write, per side.
+    """
+    from mra_kernels._triton.pooling import pooled
+
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    real = None if valid is None else valid.to(torch.uint8).contiguous()
+    for side in sides:
+        means = pooled(tokens, None, None, real, None, side, 0)[0]
+        into[side][:, :, : means.shape[2]] = means

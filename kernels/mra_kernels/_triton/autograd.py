@@ -60,18 +60,20 @@ def mra_forward(
     new_key, new_value = (None, None) if means else (key, value)
     if coarse == "none":
         new_value = None
-    n_zeros = tally_space(query.shape[0] * query.shape[1], described, settings)
+    flat = query.shape[0] * query.shape[1]
+    n_tallies = tally_space(flat, described, settings)
     q_means, k_means, v_means, zeros = pooled(
-        query, new_key, new_value, query_pooled, key_valid, side, n_zeros
+        query, new_key, new_value, query_pooled, key_valid, side, n_tallies + flat
     )
+    tallies, arrived = zeros.split([n_tallies, flat])
 
     def given(x: Tensor | None) -> Tensor:
         return query.new_empty(0) if x is None else x
 
     k, v = (means[0], means[1]) if means else (k_means, v_means)
     assert k is not None
-    plan = select(q_means, k, v, described, budgets, settings, zeros)
-    result = attend(query, key, value, described, plan, k, v, sinks, settings)
+    plan = select(q_means, k, v, described, budgets, settings, tallies)
+    result = attend(query, key, value, described, plan, k, v, sinks, settings, arrived)
     return (
         *result,
         plan.opened,

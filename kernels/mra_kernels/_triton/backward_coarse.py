@@ -218,29 +218,31 @@ def coarse_gradients(
     rows, words = opened.shape[1:]
     dx = x.new_empty(x.shape, dtype=torch.float32)
     dk, dv = torch.empty_like(k_means), torch.empty_like(v_means)
+    pooled, tile = settings.coarse == "pooled", 32 if max(width, value_width) <= 64 else 16
     shared = {
         "GROUP": heads // kv_heads,
-        "BLOCK": 1 if settings.coarse == "pooled" else settings.side,
+        "BLOCK": 1 if pooled else settings.side,
         "D": width,
         "DP": tuning.padded(width),
         "DV": value_width,
         "DVP": tuning.padded(value_width),
-        "RB": 32,
-        "CB": 32,
+        "RB": tile,
+        "CB": tile,
         "CAPPED": settings.softcap is not None,
-        "PRECISION": "ieee" if settings.coarse == "pooled" else tuning.precision(),
-        "num_warps": 4,
+        "PRECISION": tuning.mean_precision(x.device) if pooled else tuning.precision(),
+        "num_warps": 8 if pooled else 4,
+        "num_stages": 2,
     }
     inputs = x, grad, norm, delta, k_means, v_means, opened, tables.rows, tables.keys_per_block
     strides = *x.stride()[:3], *grad.stride()[:3]
     counts = n, rows, cols, words, int(tables.rows.shape[0] > 1)
     numbers = settings.scaling, settings.softcap or 1.0
     tuning.launch(
-        coarse_rows_kernel, (-(-n // 32), batch * heads),
+        coarse_rows_kernel, (-(-n // tile), batch * heads),
         *inputs, dx, *strides, heads, *counts, *numbers, **shared,
     )  # fmt: skip
     tuning.launch(
-        coarse_cols_kernel, (-(-cols // 32), batch * kv_heads),
+        coarse_cols_kernel, (-(-cols // tile), batch * kv_heads),
         *inputs, dk, dv, *strides, kv_heads, *counts, *numbers, **shared,
     )  # fmt: skip
     return dx, dk, dv

@@ -26,6 +26,7 @@ from mra_kernels._triton.primitives import (
     block_row_facts,
     load_rows,
     logits_of,
+    merged,
     softmax_step,
     softmax_step_whole,
     store_rows,
@@ -33,6 +34,12 @@ from mra_kernels._triton.primitives import (
 
 CHUNK = 128
 """Key blocks listed at a time: bounds the list of a tile, whatever the length."""
+
+FEW = 16
+"""Queries of which each head has one tile: decoding."""
+
+_PROGRAMS = 512
+"""Programs to keep a GPU busy with few queries."""
 
 COARSE = {"none": 0, "pooled": 1, "per_query": 2}
 """How kernels call the kinds of coarse terms."""
@@ -62,19 +69,24 @@ def _list_step(
 @triton.jit
 def forward_kernel(
     Q, K, V, OUTPUT, LSE, TOTAL, OPEN, ROWS, KEYS, INTERVALS, KEY_VALID,
-    K_MEANS, V_MEANS, PEAK, MASS, WEIGHTED, SINKS, LISTS,
+    K_MEANS, V_MEANS, PEAK, MASS, WEIGHTED, SINKS, LISTS, PARTS, ARRIVED,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
-    heads, n, m, rows, cols, words, mask_step, scaling, softcap,
+    heads, n, m, rows, cols, room, words, mask_step, scaling, softcap,
     GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of ``BM`` queries, batch * heads)."""
+    """Grid: (tiles of ``BM`` queries, batch * heads, ``SPLITS`` of the key blocks).
+
+    With splits, the last program to finish a tile merges what all of them found; ``ARRIVED`` must
+    come zeroed.
+    """
     # The last tiles of a causal mask have most to do: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     which = tl.program_id(1)
-    LISTS += (which.to(tl.int64) * tl.num_programs(0) + tile) * CHUNK
+    slot = (which.to(tl.int64) * tl.num_programs(0) + tile) * SPLITS
+    LISTS += (slot + tl.program_id(2)) * CHUNK
     head = which % heads
     batch = (which // heads).to(tl.int64)
     flat = which.to(tl.int64)
@@ -101,7 +113,9 @@ def forward_kernel(
     weighted = tl.zeros([BM, DVP], tl.float32)
 
     STEP: tl.constexpr = BN // SIDE
-    for col_0 in range(0, cols, CHUNK):
+    span = tl.cdiv(tl.cdiv(cols, CHUNK), SPLITS) * CHUNK
+    begin_col = tl.program_id(2) * span
+    for col_0 in range(begin_col, tl.minimum(begin_col + span, cols), CHUNK):
         n_plain, n_listed = list_keys(
             LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
             SIDE, TILE_ROWS, CHUNK, STEP,
@@ -123,6 +137,25 @@ def forward_kernel(
                 peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
             )  # fmt: skip
 
+    if SPLITS > 1:
+        lane = tl.arange(0, BM)
+        at = (slot + tl.program_id(2)) * BM + lane
+        sums = PARTS + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * SPLITS * BM * 2
+        tl.store(PARTS + at * 2, peak)
+        tl.store(PARTS + at * 2 + 1, mass)
+        store_rows(sums, at, DV, weighted, lane < BM, DV, DVP)
+        tl.debug_barrier()
+        inside = inside & (tl.atomic_add(ARRIVED + slot // SPLITS, 1) == SPLITS - 1)
+        peak = tl.full([BM], float("-inf"), tl.float32)
+        mass = tl.zeros([BM], tl.float32)
+        weighted = tl.zeros([BM, DVP], tl.float32)
+        for split in range(0, SPLITS):
+            at = (slot + split) * BM + lane
+            other = tl.load(PARTS + at * 2, mask=inside, other=float("-inf"))
+            more = tl.load(PARTS + at * 2 + 1, mask=inside, other=0.0)
+            coarse = load_rows(sums, at, DV, inside, DV, DVP)
+            peak, mass, weighted = merged(peak, mass, weighted, other, more, coarse)
+
     seeing = begin < stop
     to = flat * n + query
     lse = tl.where(seeing, (peak + tl.math.log2(mass)) * LN_2, float("-inf"))
@@ -131,17 +164,13 @@ def forward_kernel(
     if COARSE == 1:
         at = flat * rows + row
         other = tl.load(PEAK + at, mask=inside, other=float("-inf"))
-        higher = tl.maximum(peak, other)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        mine, theirs = tl.math.exp2(peak - base), tl.math.exp2(other - base)
-        mass = mass * mine + tl.load(MASS + at, mask=inside, other=0.0) * theirs
+        more = tl.load(MASS + at, mask=inside, other=0.0)
         coarse = load_rows(WEIGHTED, at, DV, inside, DV, DVP)
-        weighted = weighted * mine[:, None] + coarse * theirs[:, None]
-        peak = higher
+        peak, mass, weighted = merged(peak, mass, weighted, other, more, coarse)
     if COARSE == 2:
         whole_first, whole_stop, _, _ = block_row_facts(ROWS, row, inside)
-        K_MEANS += (batch * (heads // GROUP) + head // GROUP) * cols * D
-        V_MEANS += (batch * (heads // GROUP) + head // GROUP) * cols * DV
+        K_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * D
+        V_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * DV
         for col_0 in range(0, cols, 32):
             col = col_0 + tl.arange(0, 32)
             word = tl.load(OPEN + row.to(tl.int64) * words + col_0 // 32, mask=inside, other=0)
@@ -193,6 +222,7 @@ def attend(
     v_means: Tensor | None,
     sinks: Tensor | None,
     settings: Settings,
+    zeros: Tensor,
 ) -> Attended:
     """Softmax over what ``plan`` opened and its coarse term.
 
@@ -201,30 +231,36 @@ def attend(
             adjacent.
         k_means, v_means: From `pooled`, for ``coarse="per_query"`` only.
         sinks: ``[H]``.
+        zeros: ``[B * H]``, zeroed, for few queries: their keys are split among programs.
     """
     (batch, heads, n, width), (_, kv_heads, m, value_width) = query.shape, value.shape
     output = value.new_empty(batch, heads, n, value_width)
     lse = query.new_empty((batch, heads, n), dtype=torch.float32)
     total = torch.empty_like(lse)
     cut = tuning.tiles("forward", query, value)
-    tile_rows = 16 if n <= 16 else cut.rows
+    few = n <= FEW
+    tile_rows, most = (FEW, CHUNK // 4) if few else (cut.rows_for(settings.side), CHUNK)
     rows, words = plan.opened.shape[1:]
     cols = tables.keys_per_block.shape[1]
-    tiles, chunk = -(-n // tile_rows), min(CHUNK, tuning.padded(cols))
-    lists = query.new_empty((batch * heads, tiles, chunk), dtype=torch.int32)
+    tiles, chunk = -(-n // tile_rows), min(most, tuning.padded(cols))
+    splits = max(1, min(-(-cols // chunk), _PROGRAMS // (batch * heads))) if few else 1
+    slots = batch * heads * tiles * splits
+    lists = query.new_empty((slots, chunk), dtype=torch.int32)
+    parts = lse.new_empty(slots * tile_rows * (value_width + 2)) if splits > 1 else None
+    room = cols if k_means is None else k_means.stride(1) // width
     tuning.launch(
-        forward_kernel, (tiles, batch * heads),
+        forward_kernel, (tiles, batch * heads, splits),
         query, key, value, output, lse, total, plan.opened, tables.rows, tables.keys_per_block,
         tables.intervals, tables.key_valid, k_means, v_means,
-        plan.peak, plan.mass, plan.weighted, sinks, lists,
+        plan.peak, plan.mass, plan.weighted, sinks, lists, parts, zeros,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        heads, n, m, rows, cols, words, int(tables.rows.shape[0] > 1),
+        heads, n, m, rows, cols, room, words, int(tables.rows.shape[0] > 1),
         settings.scaling, settings.softcap or 1.0,
         GROUP=heads // kv_heads, SIDE=settings.side, D=width, DP=tuning.padded(width),
         DV=value_width, DVP=tuning.padded(value_width),
         BM=tile_rows, BN=cut.keys_for(settings.side), CHUNK=chunk,
         COARSE=COARSE[settings.coarse], CAPPED=settings.softcap is not None,
         FOLD=settings.softcap is None and settings.scaling > 0, PRECISION=tuning.precision(),
-        STAGES=cut.stages, num_warps=cut.warps,
+        STAGES=cut.stages, SPLITS=splits, num_warps=cut.warps,
     )  # fmt: skip
     return Attended(output, lse, total)

@@ -103,6 +103,19 @@ def load_norm(NORM, at, inside):
 
 
 @triton.jit
+def merged(peak, mass, weighted, other, more, added):
+    """Two softmaxes, peaks in base 2, as one."""
+    higher = tl.maximum(peak, other)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    mine, theirs = tl.math.exp2(peak - base), tl.math.exp2(other - base)
+    return (
+        higher,
+        mass * mine + more * theirs,
+        weighted * mine[:, None] + added * theirs[:, None],
+    )
+
+
+@triton.jit
 def block_row_facts(ROWS, row, inside):
     """Columns ``[whole first, whole stop)`` and ``[seen first, seen stop)`` of block rows."""
     at = ROWS + row.to(tl.int64) * ROW_FACTS

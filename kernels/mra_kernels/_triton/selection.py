@@ -31,15 +31,15 @@ from mra_kernels._triton.threshold import (
     row_threshold_kernel,
 )
 
-_WIDEST_TILE = 256
-"""Columns whose keys a program can hold at once."""
+_LARGEST_TILE = 1 << 13
+"""Numbers in the means of keys that a program can hold at once."""
 
 
 @triton.jit
 def open_kernel(
     Q_MEANS, K_MEANS, V_MEANS, ROWS, KEYS, FIRSTS, BEST, THRESHOLDS,
     OPEN, RESCUED, PEAK, MASS, WEIGHTED,
-    scaling, softcap, offset, heads, rows, cols, words, segments, mask_step,
+    scaling, softcap, offset, heads, rows, cols, room, words, segments, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     SIDE: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
     BY_ROW: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
@@ -53,8 +53,8 @@ def open_kernel(
     row = tl.program_id(0) * RB + tl.arange(0, RB)
     inside = row < rows
     Q_MEANS += head * rows * D
-    K_MEANS += head // GROUP * cols * D
-    V_MEANS += head // GROUP * cols * DV
+    K_MEANS += head // GROUP * room * D
+    V_MEANS += head // GROUP * room * DV
     ROWS += batch * rows * ROW_FACTS
     KEYS += batch * cols
     first_row = tl.load(FIRSTS + 2 * batch)
@@ -144,7 +144,8 @@ def select(
     """Chooses blocks as `mra_kernels.selection.select_blocks` does.
 
     Args:
-        q_means, k_means, v_means: From `pooled`; ``v_means`` for ``coarse="pooled"`` only.
+        q_means, k_means, v_means: From `pooled`; ``v_means`` for ``coarse="pooled"`` only. Those of
+            keys and values may be the first blocks of larger buffers, `KeyPyramid`'s.
         tables, budgets: Of the mask, see `RowCosts.budgets`.
         zeros: From `tally_space`, zeroed.
     """
@@ -154,6 +155,7 @@ def select(
     best = q_means.new_empty(flat, rows)
     thresholds = budgets.new_empty(flat, rows if settings.by_row else 2)
     numbers = settings.scaling, settings.softcap or 1.0, settings.offset, heads, rows, cols
+    room = k_means.stride(1) // width
     mask_step = int(tables.rows.shape[0] > 1)
     inputs = q_means, k_means, tables.rows, tables.keys_per_block, budgets, tables.first
     shared = {
@@ -170,12 +172,12 @@ def select(
     }
     by_count, tiles, tile_cols = settings.by_count, -(-rows // 16), 64 if width <= 64 else 32
     if settings.by_row:
-        one_tile = cols <= _WIDEST_TILE
+        one_tile = tuning.padded(cols) * tuning.padded(width) <= _LARGEST_TILE
         tuning.launch(
             row_threshold_kernel, (tiles, flat),
-            *inputs, best, thresholds, *numbers, mask_step,
+            *inputs, best, thresholds, *numbers, room, mask_step,
             CB=tuning.padded(cols) if one_tile else tile_cols, ONE_TILE=one_tile, BY_COUNT=by_count,
-            num_warps=8, **shared,
+            num_warps=8, num_stages=2, **shared,
         )  # fmt: skip
     else:
         segments = _segments(tables)
@@ -184,9 +186,9 @@ def select(
         tuning.launch(
             head_threshold_kernel, (tiles, flat),
             *inputs, best, thresholds, tallies, arrived, cursors,
-            budgets.new_empty(flat, 2 * CANDIDATES), *numbers, mask_step,
+            budgets.new_empty(flat, 2 * CANDIDATES), *numbers, room, mask_step,
             CB=tile_cols, SEGMENTS=segments, FIRST_BITS=FIRST_BITS, CANDIDATES=CANDIDATES,
-            BY_COUNT=by_count, num_warps=4, **shared,
+            BY_COUNT=by_count, num_warps=4, num_stages=2, **shared,
         )  # fmt: skip
     words = -(-cols // 32)
     pooled, rescue = settings.coarse == "pooled", settings.coarse == "none"
@@ -198,7 +200,7 @@ def select(
         open_kernel, (tiles, flat),
         q_means, k_means, v_means if pooled else q_means, tables.rows, tables.keys_per_block,
         tables.first, best, thresholds, opened, rescued, peak, mass, weighted,
-        *numbers, words, thresholds.shape[1], mask_step,
+        *numbers, room, words, thresholds.shape[1], mask_step,
         DV=value_width, DVP=tuning.padded(value_width), CB=tile_cols,
         BY_ROW=settings.by_row, POOLED=pooled, RESCUE=rescue, num_warps=4, num_stages=2, **shared,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def _tally(key, worth, low, shift):
 @triton.jit
 def row_threshold_kernel(
     Q_MEANS, K_MEANS, ROWS, KEYS, BUDGETS, FIRSTS, BEST, THRESHOLDS,
-    scaling, softcap, offset, heads, rows, cols, mask_step,
+    scaling, softcap, offset, heads, rows, cols, room, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr,
     RB: tl.constexpr, CB: tl.constexpr, ONE_TILE: tl.constexpr,
     BY_COUNT: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
@@ -116,7 +116,7 @@ def row_threshold_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     batch = head // heads * mask_step
-    K_MEANS += head // GROUP * cols * D
+    K_MEANS += head // GROUP * room * D
     ROWS += batch * rows * ROW_FACTS
     KEYS += batch * cols
     first_row = tl.load(FIRSTS + 2 * batch)
@@ -210,7 +210,7 @@ def _sweep(
 @triton.jit
 def head_threshold_kernel(
     Q_MEANS, K_MEANS, ROWS, KEYS, BUDGETS, FIRSTS, BEST, THRESHOLDS, TALLIES, ARRIVED, CURSORS,
-    FOUND, scaling, softcap, offset, heads, rows, cols, mask_step,
+    FOUND, scaling, softcap, offset, heads, rows, cols, room, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr,
     RB: tl.constexpr, CB: tl.constexpr, SEGMENTS: tl.constexpr, FIRST_BITS: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -226,7 +226,7 @@ def head_threshold_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = head // heads * mask_step
     Q_MEANS += head * rows * D
-    K_MEANS += head // GROUP * cols * D
+    K_MEANS += head // GROUP * room * D
     ROWS += batch * rows * ROW_FACTS
     KEYS += batch * cols
     BEST += head * rows

@@ -1,0 +1,246 @@
+"""The operator in Triton: gradients, corners of the selection, decoding, torch's own checks.
+
+Random forward calls are in test_triton_random.py. Here, too, kernels' own IR runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles Triton kernels"),
+]
+pytest.importorskip("triton")
+
+from mra_kernels import AttentionMask, KeyPyramid, MraAttentionConfig, mra_attention  # noqa: E402
+from mra_kernels.testing import make_qkv  # noqa: E402
+from triton_cases import UNIT, launched_by, plainly  # noqa: E402
+from triton_cpu import Executor  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def executor():
+    with Executor(ones=False) as running, launched_by(plainly):
+        yield running
+
+
+def padded(n, left, right):
+    valid = torch.ones(2, n, dtype=torch.bool)
+    valid[0, :left] = False
+    valid[1, n - right :] = False
+    return valid
+
+
+GRADIENTS = {
+    "pooled, left padding, sinks": (
+        MraAttentionConfig((16, 1), 0.3, first_blocks=1),
+        AttentionMask.causal(100).with_padding(padded(100, 37, 10), padded(100, 37, 10)),
+        {"sinks": True},
+        torch.float32,
+        (24, 16),
+    ),
+    "pooled, half": (
+        MraAttentionConfig((32, 1), 0.3),
+        AttentionMask.causal(90, 150),
+        {},
+        torch.bfloat16,
+        (64, 64),
+    ),
+    "per query, cap": (
+        MraAttentionConfig((32, 1), 0.3, coarse="per_query"),
+        AttentionMask.full(90, 150).with_padding(padded(150, 3, 70)),
+        {"softcap": 3.0},
+        torch.float32,
+        (16, 16),
+    ),
+    "none, window": (
+        MraAttentionConfig((64, 1), 0.1, coarse="none"),
+        AttentionMask.causal(200, window=90),
+        {},
+        torch.float32,
+        (32, 20),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients(name):
+    """Within what rounding explains of autograd through the float64 specification, same blocks."""
+    config, mask, extras, dtype, (d, dv) = GRADIENTS[name]
+    n, m = mask.n_queries, mask.n_keys
+    tokens = [x.requires_grad_() for x in make_qkv(1, n=n, m=m, d=d, dv=dv, dtype=dtype)]
+    if extras.get("sinks"):
+        tokens.append(torch.linspace(-1, 2, 4).requires_grad_())
+
+    def run(tensors, impl, selection=None):
+        given = {**extras, "sinks": tensors[3]} if len(tensors) > 3 else extras
+        return mra_attention(
+            *tensors[:3], config=config, mask=mask, impl=impl, selection=selection, **given
+        )
+
+    result = run(tokens, "triton")
+    grad = torch.randn(result.output.shape, generator=torch.Generator().manual_seed(3))
+    ours = torch.autograd.grad(result.output, tokens, grad.to(dtype))
+    double = [x.detach().double().requires_grad_() for x in tokens]
+    output = run(double, "reference", result.selection).output
+    theirs = torch.autograd.grad(output, double, grad.to(dtype).double())
+    for got, expected in zip(ours, theirs, strict=True):
+        error = (got.double() - expected).norm() / expected.norm()
+        # A few roundings of the dtype in products, and float32 in sums over a row.
+        assert error <= 2 * UNIT[dtype] + 64 * UNIT[torch.float32], f"{error:.1e}"
+
+
+def test_a_row_that_sees_nothing_passes_no_gradient_to_keys():
+    tokens = [x.requires_grad_() for x in make_qkv(2, n=40, m=40, d=16, dv=16, dtype=torch.float32)]
+    start = torch.zeros(1, 40, dtype=torch.int64)
+    stop = start + 40
+    stop[:, 5:9] = 0
+    mask = AttentionMask(start, stop, 40)
+    output = mra_attention(*tokens, config=MraAttentionConfig((16, 1)), mask=mask, impl="triton")
+    assert (output.lse[:, :, 5:9] == -torch.inf).all()
+    mean = tokens[2].mean(2, keepdim=True).repeat_interleave(2, 1).expand(-1, -1, 4, -1)
+    torch.testing.assert_close(output.output[:, :, 5:9], mean)
+    dq, dk, dv = torch.autograd.grad(output.output[:, :, 5:9].sum(), tokens)
+    assert not dq.any() and not dk.any()
+    torch.testing.assert_close(dv, torch.full_like(dv, 2 * 4 / 40))
+
+
+CORNERS = {
+    "head": {"scope": "head"},
+    "row, several tiles": {"scope": "row"},
+    "text's score": {"score": "mu"},
+    "by count": {"blocks_per_row": 3},
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+@pytest.mark.parametrize("inputs", ["integers", "all equal", "padding rows"])
+def test_ties_are_broken_as_the_specification_does(name, inputs, monkeypatch):
+    """Scores that are exact in any order of summation, many of them equal, and hardly any room to
+    write candidates down, so that every way of searching is taken."""
+    from mra_kernels._triton import selection
+
+    monkeypatch.setattr(selection, "CANDIDATES", 16)
+    monkeypatch.setattr(selection, "_LARGEST_TILE", 0)
+    generator = torch.Generator().manual_seed(5)
+    query, key = (
+        torch.randint(-3, 4, (2, 2, 640, 16), generator=generator).float() for _ in range(2)
+    )
+    mask = AttentionMask.causal(640)
+    if inputs == "all equal":
+        query, key = torch.ones_like(query), torch.ones_like(key)
+        mask = AttentionMask.full(640, 640)
+    elif inputs == "padding rows":
+        valid = torch.ones(2, 640, dtype=torch.bool)
+        valid[0, :320] = False
+        mask = AttentionMask.full(640, 640).with_padding(valid, valid)
+    config = MraAttentionConfig((16, 1), 0.2, diagonal_blocks=1, **CORNERS[name])
+    call = {"config": config, "mask": mask, "scaling": 0.5}
+    ours = mra_attention(query, key, key, impl="triton", **call).selection
+    theirs = mra_attention(query, key, key, impl="reference", **call).selection
+    for a, b in ((ours.fine, theirs.fine), (ours.coarse[0], theirs.coarse[0])):
+        for field in ("head", "row", "col", "legal", "logit"):
+            assert torch.equal(getattr(a, field), getattr(b, field)), field
+    assert torch.equal(ours.density, theirs.density)
+    assert torch.equal(ours.forced, theirs.forced)
+    assert ours.dot_products == theirs.dot_products
+
+
+@pytest.mark.parametrize("coarse", ["pooled", "per_query", "none"])
+def test_decoding_from_a_kept_pyramid(coarse, executor):
+    """Token by token and in chunks: the same as without one, and as the specification."""
+    config = MraAttentionConfig((16, 1), 0.1, coarse=coarse, diagonal_blocks=1)
+    _, key, value = make_qkv(3, n=1, m=1300, d=32, dv=16, dtype=torch.float32)
+    queries = torch.randn(2, 4, 1300, 32, generator=torch.Generator().manual_seed(1))
+    valid = padded(1300, 50, 0)
+    pyramid, length = KeyPyramid((16,)), 0
+    for step in (1280, 1, 16, 3):
+        length += step
+        mask = AttentionMask.causal(step, length).with_padding(valid[:, :length])
+        keys, values = key[:, :, :length], value[:, :, :length]
+        pyramid.extend(keys, values, valid[:, :length])
+        if step > 16:
+            continue
+        query = queries[:, :, length - step : length]
+        call = {"config": config, "mask": mask}
+        with torch.no_grad():
+            executor.launches.clear()
+            kept = mra_attention(query, keys, values, impl="triton", pyramid=pyramid, **call)
+        assert len(executor.launches) <= 4
+        assert executor.launches[-1].grid[2] > 1, "keys are split among programs"
+        exact = mra_attention(
+            query.double(), keys.double(), values.double(), impl="reference",
+            selection=kept.selection, **call,
+        )  # fmt: skip
+        torch.testing.assert_close(kept.output.double(), exact.output, rtol=2e-5, atol=2e-5)
+        alone = mra_attention(query, keys, values, impl="triton", **call)
+        assert torch.equal(kept.output, alone.output)
+
+
+def test_one_operator_for_torch():
+    """Fake tensors, meta tensors and autograd agree with what runs."""
+    from mra_kernels._triton import autograd
+    from mra_kernels._triton.mask_tables import mask_tables
+    from mra_kernels._triton.plan import Settings
+    from mra_kernels.scores import ScoreRule
+
+    mask = AttentionMask.causal(40)
+    tables, costs = mask_tables(mask, 16)
+    for coarse in ("pooled", "per_query", "none"):
+        config = MraAttentionConfig((16, 1), 0.3, coarse=coarse)
+        tokens = [x.requires_grad_() for x in make_qkv(2, n=40, m=40, d=16, dtype=torch.float32)]
+        arguments = (
+            *tokens, None, [], costs.budgets(config), list(tables[:4]), None, None,
+            *Settings.of(config, ScoreRule(0.25), 0),
+        )  # fmt: skip
+        torch.library.opcheck(
+            autograd.mra_forward,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+
+
+def test_meta_tensors_and_compiled_graphs_see_shapes():
+    tokens = make_qkv(2, n=70, m=70, d=16, dv=20, dtype=torch.float16)
+    config = MraAttentionConfig((16, 1), 0.3)
+    meta = [x.to("meta") for x in tokens]
+    mask = AttentionMask.causal(70, device="meta")
+
+    def attend(query, key, value, mask=None):
+        return mra_attention(query, key, value, config=config, mask=mask, impl="triton").output
+
+    plain = attend(*tokens)
+    assert plain.shape == (2, 4, 70, 20) and plain.dtype == torch.float16
+    graph = torch.compile(attend, backend="eager", fullgraph=True)
+    mask = AttentionMask.causal(70)
+    assert torch.equal(graph(*tokens, mask), attend(*tokens, mask))
+    del meta
+
+
+def test_views_need_no_copies(executor):
+    packed = torch.randn(2, 90, 3, 4, 16)
+    query, key, value = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    config = MraAttentionConfig((32, 1), 0.4, coarse="none")
+    ours = mra_attention(query, key, value, config=config, impl="triton").output
+    given = {x.data_ptr() for x in (query, key, value)}
+    used = {x.data_ptr() for x in executor.launches[-1].values.values() if torch.is_tensor(x)}
+    assert given <= used
+    whole = [x.contiguous() for x in (query, key, value)]
+    assert torch.equal(ours, mra_attention(*whole, config=config, impl="triton").output)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 33), (65, 1), (16, 17)])
+def test_tiny(n, m):
+    tokens = make_qkv(0, n=n, m=m, d=16, dv=16, dtype=torch.float32)
+    config = MraAttentionConfig((16, 1), 0.5)
+    ours = mra_attention(*tokens, config=config, impl="triton")
+    exact = mra_attention(
+        *(x.double() for x in tokens), config=config, impl="reference", selection=ours.selection
+    )
+    torch.testing.assert_close(ours.output.double(), exact.output, rtol=1e-5, atol=1e-5)
+    assert dataclasses.asdict(config)["budget"] == 0.5
