@@ -17,7 +17,7 @@ from triton_static.baseline import baseline, figures, groups  # noqa: E402
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
 """What their matrix instructions are called; a tile too small gets slower ones on sm_90."""
 
-MAIN = ("forward_kernel",)
+MAIN = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """Where the time goes: these must be pipelined, and reach tensor cores in half types."""
 
 ONE_PROGRAM: dict[str, str] = {}

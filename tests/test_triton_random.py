@@ -14,19 +14,16 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from triton_cases import SETTINGS, calls, check, launched_by, plainly  # noqa: E402
+from triton_cases import SETTINGS, calls, check, check_gradients, launched_by, plainly  # noqa: E402
 from triton_cpu import Executor  # noqa: E402
 
 CASES = int(os.environ.get("MRA_KERNEL_CASES", "60"))
 """Random calls per setting; a tenth of them at lengths in the thousands."""
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_random_calls(setting):
-    examples = max(3, CASES // 10) if setting.lengths[1] > 1000 else CASES
-
+def on_random_calls(setting, examine, examples):
     @settings(
-        max_examples=examples,
+        max_examples=max(3, examples),
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
@@ -35,6 +32,18 @@ def test_random_calls(setting):
     def run(data):
         call = data.draw(calls(setting))
         with Executor(ones=False), launched_by(plainly):
-            check(call)
+            examine(call)
 
     run()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_results(setting):
+    on_random_calls(setting, check, CASES // 10 if setting.lengths[1] > 1000 else CASES)
+
+
+@pytest.mark.parametrize(
+    "setting", [s for s in SETTINGS if s.gradients], ids=lambda setting: setting.name
+)
+def test_gradients(setting):
+    on_random_calls(setting, check_gradients, CASES // 3)

@@ -35,6 +35,7 @@ class Setting:
     sinks: bool = False
     padded: bool = False
     lengths: tuple[int, int] = (17, 400)
+    gradients: bool = False
 
 
 def _config(side: int, **fields: object) -> MraAttentionConfig:
@@ -42,8 +43,17 @@ def _config(side: int, **fields: object) -> MraAttentionConfig:
 
 
 SETTINGS = [
-    Setting("mra2", torch.float32, (64, 64), 1, _config(32)),
-    Setting("mra2 padded", torch.bfloat16, (64, 64), 2, _config(32), padded=True, sinks=True),
+    Setting("mra2", torch.float32, (64, 64), 1, _config(32), gradients=True),
+    Setting(
+        "mra2 padded",
+        torch.bfloat16,
+        (64, 64),
+        2,
+        _config(32),
+        padded=True,
+        sinks=True,
+        gradients=True,
+    ),
     Setting("per query", torch.float16, (128, 128), 2, _config(64, coarse="per_query"), 3.0),
     Setting(
         "odd widths",
@@ -61,6 +71,7 @@ SETTINGS = [
         _config(16, coarse="per_query", score="mu", first_blocks=1, diagonal_blocks=1),
         padded=True,
         sinks=True,
+        gradients=True,
     ),
     Setting(
         "block per row",
@@ -69,6 +80,7 @@ SETTINGS = [
         2,
         _config(32, blocks_per_row=2, scope="row", diagonal_blocks=3),
         softcap=3.0,
+        gradients=True,
     ),
     Setting("sparse only", torch.float16, (96, 96), 1, _config(64, coarse="none", score="mu")),
     Setting("long", torch.bfloat16, (64, 64), 2, _config(64), padded=True, lengths=(4097, 8192)),
@@ -201,6 +213,38 @@ def check(call: Call) -> None:
         single = [x.float() for x in call.tokens]
         theirs = mra_attention(*single, impl="reference", **given, **call.extras).selection
         assert _pairs(result.selection.fine) == _pairs(theirs.fine)
+
+
+def check_gradients(call: Call) -> None:
+    """Those of queries, keys, values and sinks, by their norm."""
+    given = {"config": call.config, "mask": call.mask}
+    sinks = call.extras.get("sinks")
+    leaves = [x.detach().clone().requires_grad_() for x in (*call.tokens, *_there(sinks))]
+    extras = {**call.extras, **({} if sinks is None else {"sinks": leaves[3]})}
+    result = mra_attention(*leaves[:3], impl="triton", **given, **extras)
+    generator = torch.Generator().manual_seed(call.mask.n_queries)
+    grad = torch.randn(result.output.shape, generator=generator).to(result.output.dtype)
+    result.output.backward(grad)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    extras = {**call.extras, **({} if sinks is None else {"sinks": wide[3]})}
+    selection = result.selection
+    exact = mra_attention(*wide[:3], impl="reference", selection=selection, **given, **extras)
+    exact.output.backward(grad.double())
+    unit, logits = UNIT[call.setting.dtype], _largest_logit(call)
+    q, k, v = (float(x.detach().norm(dim=-1).max()) for x in wide[:3])
+    # Where gradients cancel, to nothing in rows that see one key, errors are relative to the terms.
+    terms = float(grad.double().norm()) * torch.tensor([k * v, q * v, 0.0, v]) / 10
+    terms[:2] *= call.extras["scaling"]
+    for name, ours, theirs, term in zip("qkvs", leaves, wide, terms, strict=False):
+        error = float((ours.grad.double() - theirs.grad).norm())
+        scale = float(theirs.grad.norm()) + float(term)
+        allowed = 8 * unit * (1 + (call.config.coarse == "per_query") * logits)
+        allowed = (allowed + 64 * UNIT[torch.float32] * (1 + logits)) * scale + 1e-6
+        assert error <= allowed, f"{call.setting.name}: d{name} off by {error / allowed:.1f}"
+
+
+def _there(tensor: object) -> list[Tensor]:
+    return [tensor] if isinstance(tensor, Tensor) else []
 
 
 def tolerance(call: Call, unit: float, logits: float) -> float:

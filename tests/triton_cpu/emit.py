@@ -70,9 +70,14 @@ class Emitter:
     """Writes the C of one kernel; ``emit_op`` that of single operations."""
 
     def __init__(
-        self, function: Function, emit_op: Callable[[Emitter, Op], None], tf32: bool
+        self,
+        function: Function,
+        emit_op: Callable[[Emitter, Op], None],
+        tf32: bool,
+        distinct: bool,
     ) -> None:
-        self.function, self.tf32, self._emit_op = function, tf32, emit_op
+        self.function, self._emit_op = function, emit_op
+        self.tf32, self.distinct = tf32, distinct
         self.env: dict[str, Value] = {}
         self._lines: list[str] = []
         self._arena = self._names = 0

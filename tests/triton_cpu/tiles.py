@@ -15,18 +15,32 @@ def _owner(to: Emitter, pointer: Value, mask: Value | None, counters: str) -> st
     shape, size = pointer.type.shape or (), pointer.type.at_pointer.bytes
     low, high, count, owner = (to.name(x) for x in ("low", "high", "count", "owner"))
     to.emit(f"uint64_t {low} = UINT64_MAX, {high} = 0, {count} = 0;")
-    body = f"{low} = min_u({low}, at); {high} = max_u({high}, at); {count}++;"
+    lanes = to.name("lanes")
+    to.emit(f"uint64_t {lanes} = 0;")
 
     def look(index: Index) -> str:
-        inside = f"uint64_t at = {pointer.at(index)}; {body}"
+        own = f"!({_asked_before(pointer, mask, index)})" if to.distinct else "1"
+        inside = f"uint64_t at = {pointer.at(index)}; {low} = min_u({low}, at); "
+        inside += f"{high} = max_u({high}, at); {lanes}++; {count} += {own};"
         return f"if ({mask.at(index)}) {{ {inside} }}" if mask else inside
 
     to.loops(shape, look)
-    to.emit(f"int {owner} = {count} ? owner(memory, {low}, {high} + {size}, {count}) : -1;")
+    to.emit(f"int {owner} = {lanes} ? owner(memory, {low}, {high} + {size}, {lanes}) : -1;")
     for counter in counters.split():
         total = f"memory->counts.{counter}[{owner}]"
         to.emit(f"if ({owner} >= 0) {total} += {count} * {size};")
     return owner
+
+
+def _asked_before(pointer: Value, mask: Value | None, index: Index) -> str:
+    """Whether the lane before this one along an axis asks for the same."""
+    tests = ["0"]
+    for axis, lane in enumerate(index):
+        if lane != "0":
+            before = [*index[:axis], f"({lane}-1)", *index[axis + 1 :]]
+            active = f" && {mask.at(before)}" if mask else ""
+            tests.append(f"({lane} > 0 && {pointer.at(before)} == at{active})")
+    return " || ".join(tests)
 
 
 def load(to: Emitter, op: Op) -> None:

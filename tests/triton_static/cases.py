@@ -34,6 +34,8 @@ _TWO = ("sm_80", "sm_90")
 CASES = [
     Case("d64"),
     Case("d128", width=128),
+    Case("backward d64", backward=True),
+    Case("backward d128", width=128, backward=True),
     Case("d64 per_query", coarse="per_query", kernels=_ATTEND, architectures=_TWO),
     Case("d256", width=256, kernels=_ATTEND, architectures=_TWO),
     Case("fp32 d64", torch.float32, kernels=_ATTEND, architectures=_TWO),

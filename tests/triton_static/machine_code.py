@@ -33,6 +33,7 @@ class Code:
     matrix: Mapping[str, int]
     pipelined: bool
     loop: int
+    longest: int
 
 
 def nvidia(cubin: bytes) -> Code:
@@ -45,8 +46,8 @@ def nvidia(cubin: bytes) -> Code:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
     names, loops = _loops(text, _INSTRUCTION)
-    total, hot = Counter(names), _hottest(names, loops)
-    return _code(int(registers.group(1)), total["STL"] + total["LDL"], hot)
+    total, bodies = Counter(names), _bodies(names, loops)
+    return _code(int(registers.group(1)), total["STL"] + total["LDL"], bodies)
 
 
 def amd(text: str) -> Code:
@@ -55,14 +56,25 @@ def amd(text: str) -> Code:
     def last(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
-    hot = _hottest(*_loops(text, _AMD_INSTRUCTION))
-    return _code(last("vgpr_count"), last("vgpr_spill_count"), hot)
+    bodies = _bodies(*_loops(text, _AMD_INSTRUCTION))
+    return _code(last("vgpr_count"), last("vgpr_spill_count"), bodies)
 
 
-def _code(registers: int, spills: int, hot: Counter[str]) -> Code:
-    matrix = {name: n for name, n in hot.items() if _MATRIX.fullmatch(name)}
+def _code(registers: int, spills: int, bodies: list[Counter[str]]) -> Code:
+    hot = max(bodies, key=_heat, default=Counter())
     ahead = any(_AHEAD.match(name) for name in hot)
-    return Code(registers, spills, matrix, ahead, sum(hot.values()))
+    heavy = [sum(body.values()) for body in bodies if _matrix(body) or not _matrix(hot)]
+    return Code(registers, spills, _matrix(hot), ahead, sum(hot.values()), max(heavy, default=0))
+
+
+def _matrix(body: Counter[str]) -> dict[str, int]:
+    return {name: n for name, n in body.items() if _MATRIX.fullmatch(name)}
+
+
+def _heat(body: Counter[str]) -> tuple[int, int]:
+    """Most matrix instructions, the shortest of those; where there are none, the longest."""
+    matrix = sum(_matrix(body).values())
+    return matrix, -sum(body.values()) if matrix else sum(body.values())
 
 
 def _loops(text: str, instruction: re.Pattern[str]) -> tuple[list[str], list[tuple[int, int]]]:
@@ -82,21 +94,14 @@ def _loops(text: str, instruction: re.Pattern[str]) -> tuple[list[str], list[tup
     return names, sorted(loops)
 
 
-def _hottest(names: list[str], loops: list[tuple[int, int]]) -> Counter[str]:
-    """Instructions of the innermost loop with most matrix instructions, the shortest of those;
-    where there are none, of the longest."""
+def _bodies(names: list[str], loops: list[tuple[int, int]]) -> list[Counter[str]]:
+    """Instructions of the innermost loops."""
     inner = [
         loop
         for loop in loops
         if not any(loop != other and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
     ]
-    bodies = [Counter(names[a : b + 1]) for a, b in inner]
-
-    def rank(body: Counter[str]) -> tuple[int, int]:
-        matrix = sum(n for name, n in body.items() if _MATRIX.fullmatch(name))
-        return matrix, -sum(body.values()) if matrix else sum(body.values())
-
-    return max(bodies, key=rank, default=Counter())
+    return [Counter(names[first : last + 1]) for first, last in inner]
 
 
 def _tool(name: str, *arguments: str) -> str:

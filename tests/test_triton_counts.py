@@ -1,0 +1,105 @@
+"""What a pass costs in launches and bytes, counted while the kernels' IR runs on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles Triton kernels"),
+]
+pytest.importorskip("triton")
+
+from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa: E402
+from mra_kernels.testing import make_qkv  # noqa: E402
+from triton_cases import launched_by, plainly  # noqa: E402
+from triton_cpu import Executor  # noqa: E402
+from triton_static.predict import SWEEPS  # noqa: E402
+
+N, SIDE = 4096, 32
+BACKWARD = {"pooled": 5, "per_query": 5, "none": 3}
+"""Launches of a backward pass: deltas, queries, keys; and the coarse term's rows and columns."""
+
+
+def run(coarse, budget=0.1, causal=False):
+    """A pass both ways, what it launched, and its tensors."""
+    query, key, value = (
+        x.to(torch.bfloat16).requires_grad_()
+        for x in make_qkv(0, 1, 2, 1, N, N, 64, 64, torch.float32)
+    )
+    config = MraAttentionConfig(resolutions=(SIDE, 1), budget=budget, coarse=coarse)
+    mask = AttentionMask.causal(N) if causal else AttentionMask.full(N, N)
+    with Executor(ones=False, distinct=True) as executor, launched_by(plainly):
+        result = mra_attention(query, key, value, config=config, mask=mask, impl="triton")
+        forward = list(executor.launches)
+        result.output.backward(torch.ones_like(result.output))
+    return result, forward, executor.launches[len(forward) :], (query, key, value)
+
+
+def bytes_of(*tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def selected_bytes(result, value, tile_rows):
+    """Keys and values of the blocks that any row of a tile opened, once per tile."""
+    fine = result.selection.fine
+    tile = fine.row * SIDE // tile_rows
+    pairs = torch.stack([fine.head, tile, fine.col], 1).unique(dim=0)
+    return len(pairs) * SIDE * 2 * value.shape[-1] * value.element_size()
+
+
+def means_bytes(result, value, tile_rows):
+    """Means of keys and values, once per tile that sees them: what `per_query` adds."""
+    left = result.selection.coarse[0]
+    tile = left.row * SIDE // tile_rows
+    pairs = torch.stack([left.head, tile, left.col], 1).unique(dim=0)
+    return len(pairs) * 2 * value.shape[-1] * 4
+
+
+@pytest.mark.parametrize("coarse", BACKWARD)
+def test_launches(coarse):
+    _, forward, backward, _ = run(coarse)
+    assert len(forward) <= 4
+    assert len(backward) == BACKWARD[coarse]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("budget", [0.1, 0.25])
+@pytest.mark.parametrize("coarse", BACKWARD)
+def test_a_forward_pass_moves_little_more_than_it_must(coarse, budget, causal):
+    """Each input once, each output once, and what a tile of queries selected once per tile."""
+    result, forward, _, tokens = run(coarse, budget, causal)
+    attend = forward[-1]
+    selected = selected_bytes(result, tokens[2], attend.values["BM"])
+    least = bytes_of(*tokens, result.output, result.lse) + selected
+    if coarse == "per_query":
+        least += means_bytes(result, tokens[2], attend.values["BM"])
+    moved = sum(sum(x.values()) for one in forward for x in (one.loaded_bytes, one.stored_bytes))
+    assert moved <= 1.3 * least, f"{moved / least:.2f} times the least"
+    # Lists of odd length end in a block that is masked off, but for its first keys.
+    assert selected <= attend.loaded_bytes["K"] + attend.loaded_bytes["V"] <= 1.05 * selected
+    assert attend.loaded_bytes["Q"] == bytes_of(tokens[0])
+    assert attend.stored_bytes["OUTPUT"] == bytes_of(result.output)
+
+
+@pytest.mark.parametrize("coarse", BACKWARD)
+def test_a_backward_pass_writes_each_gradient_once(coarse):
+    _, _, backward, (query, key, value) = run(coarse)
+    stored = {name: n for launch in backward for name, n in launch.stored_bytes.items() if n}
+    expected = {"DQ": query, "DK": key}
+    for name, tensor in expected.items():
+        last = [one for one in backward if one.stored_bytes.get(name)][-1]
+        assert last.stored_bytes[name] == bytes_of(tensor), stored
+    assert all(not x.grad.isnan().any() for x in (query, key, value))
+
+
+def test_predictions_score_blocks_as_often_as_the_kernels():
+    _, (_, threshold, opener, _), _, _ = run("pooled")
+    for launch, sweeps in [(threshold, SWEEPS["threshold"] + SWEEPS["alone"]), (opener, 1)]:
+        values = launch.values
+        tiles = N // SIDE // values["RB"] * 2
+        assert launch.loaded_bytes["K_MEANS"] == sweeps * tiles * (N // SIDE) * values["D"] * 4
+    assert SWEEPS["open"] == 1
