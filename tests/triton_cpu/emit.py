@@ -112,8 +112,10 @@ class Emitter:
         self.emit(line)
         self._depth += line.endswith("{")
 
-    def loops(self, shape: Sequence[int], body: Callable[[Index], str]) -> None:
-        """``body`` for every index of ``shape``."""
+    def loops(
+        self, shape: Sequence[int], body: Callable[[Index], str], *, apart: bool = True
+    ) -> None:
+        """``body`` for every index of ``shape``; ``apart``: no two touch the same memory."""
         index = [self.name("i") if extent > 1 else "0" for extent in shape]
         inner = [(i, n) for i, n in zip(index, shape, strict=True) if n > 1]
         text = body(index)
@@ -123,7 +125,7 @@ class Emitter:
             text = " ".join(f"int {i} = flat / {step} % {n};" for (i, n), step in parts) + text
             inner = [("flat", steps[0] * inner[0][1])]
         for place, (i, extent) in enumerate(inner):
-            if place == len(inner) - 1:
+            if apart and place == len(inner) - 1:
                 self.emit("#pragma GCC ivdep")
             self.emit(f"for (int {i} = 0; {i} < {extent}; {i}++)")
         self.emit("{ " + text + " }")

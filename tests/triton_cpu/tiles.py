@@ -116,7 +116,7 @@ def atomic(to: Emitter, op: Op) -> None:
 
     to.emit("#pragma omp critical (atomics)")
     to.open("")
-    to.loops(value.type.shape or (), body)
+    to.loops(value.type.shape or (), body, apart=False)
     to.close()
     if op.results:
         to.env[op.results[0]] = result
