@@ -5,7 +5,6 @@ Random forward calls are in test_triton_random.py. Here, too, kernels' own IR ru
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import pytest
@@ -110,17 +109,17 @@ def test_a_row_that_sees_nothing_passes_no_gradient_to_keys():
     torch.testing.assert_close(dv, torch.full_like(dv, 2 * 4 / 40))
 
 
-CORNERS = {
-    "head": {"scope": "head"},
-    "row, several tiles": {"scope": "row"},
-    "text's score": {"score": "mu"},
-    "by count": {"blocks_per_row": 3},
-}
-
-
-@pytest.mark.parametrize("name", CORNERS)
-@pytest.mark.parametrize("inputs", ["integers", "all equal", "padding rows"])
-def test_ties_are_broken_as_the_specification_does(name, inputs, monkeypatch):
+@pytest.mark.parametrize(
+    ("inputs", "change"),
+    [
+        ("integers", {}),
+        ("all equal", {}),
+        ("padding rows", {}),
+        ("integers", {"scope": "row"}),
+        ("padding rows", {"score": "mu", "blocks_per_row": 3}),
+    ],
+)
+def test_ties_are_broken_as_the_specification_does(inputs, change, monkeypatch):
     """Scores that are exact in any order of summation, many of them equal, and hardly any room to
     write candidates down, so that every way of searching is taken."""
     from mra_kernels._triton import selection
@@ -139,7 +138,7 @@ def test_ties_are_broken_as_the_specification_does(name, inputs, monkeypatch):
         valid = torch.ones(2, 640, dtype=torch.bool)
         valid[0, :320] = False
         mask = AttentionMask.full(640, 640).with_padding(valid, valid)
-    config = MraAttentionConfig((16, 1), 0.2, diagonal_blocks=1, **CORNERS[name])
+    config = MraAttentionConfig((16, 1), 0.2, diagonal_blocks=1, **change)
     call = {"config": config, "mask": mask, "scaling": 0.5}
     ours = mra_attention(query, key, key, impl="triton", **call).selection
     theirs = mra_attention(query, key, key, impl="reference", **call).selection
@@ -151,7 +150,7 @@ def test_ties_are_broken_as_the_specification_does(name, inputs, monkeypatch):
     assert ours.dot_products == theirs.dot_products
 
 
-@pytest.mark.parametrize("coarse", ["pooled", "per_query", "none"])
+@pytest.mark.parametrize("coarse", ["pooled", "per_query"])
 def test_decoding_from_a_kept_pyramid(coarse, executor):
     """Token by token and in chunks: the same as without one, and as the specification."""
     config = MraAttentionConfig((16, 1), 0.1, coarse=coarse, diagonal_blocks=1)
@@ -191,7 +190,7 @@ def test_one_operator_for_torch():
 
     mask = AttentionMask.causal(40)
     tables, costs = mask_tables(mask, 16)
-    for coarse in ("pooled", "per_query", "none"):
+    for coarse in ("pooled", "none"):
         config = MraAttentionConfig((16, 1), 0.3, coarse=coarse)
         tokens = [x.requires_grad_() for x in make_qkv(2, n=40, m=40, d=16, dtype=torch.float32)]
         arguments = (
@@ -214,12 +213,12 @@ def test_meta_tensors_and_compiled_graphs_see_shapes():
     def attend(query, key, value, mask=None):
         return mra_attention(query, key, value, config=config, mask=mask, impl="triton").output
 
-    plain = attend(*tokens)
-    assert plain.shape == (2, 4, 70, 20) and plain.dtype == torch.float16
+    shape = attend(*meta, mask)
+    assert shape.device.type == "meta"
+    assert shape.shape == (2, 4, 70, 20) and shape.dtype == torch.float16
     graph = torch.compile(attend, backend="eager", fullgraph=True)
     mask = AttentionMask.causal(70)
     assert torch.equal(graph(*tokens, mask), attend(*tokens, mask))
-    del meta
 
 
 def test_views_need_no_copies(executor):
@@ -243,4 +242,3 @@ def test_tiny(n, m):
         *(x.double() for x in tokens), config=config, impl="reference", selection=ours.selection
     )
     torch.testing.assert_close(ours.output.double(), exact.output, rtol=1e-5, atol=1e-5)
-    assert dataclasses.asdict(config)["budget"] == 0.5

@@ -322,7 +322,10 @@ def for_blind_rows(
         output: ``[B, H, N, Dv]``.
         value: ``[B, Hkv, M or more, Dv]``.
     """
-    blind = mask.blind_rows
+    if torch.compiler.is_compiling() or output.is_meta:  # there is no number to look at
+        blind: Tensor | None = mask.legal_per_row() == 0
+    else:
+        blind = mask.blind_rows
     if blind is None:
         return output
     if sinks is not None:

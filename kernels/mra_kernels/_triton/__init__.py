@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 SIDES = (16, 32, 64)
 WIDEST = 256
 _MOST_PAIRS, _MOST_ENTRIES = 1 << 27, 1 << 36
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 __all__ = ["block_means", "mra_triton", "reason_against", "reason_here", "runs_on_cpu"]
 
@@ -90,11 +90,8 @@ def reason_here() -> str | None:
     return reason
 
 
-@functools.cache
 def _unusable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton (Linux)"
-    return None
+    return None if _INSTALLED else "triton is not installed; pip install triton (Linux)"
 
 
 def mra_triton(

@@ -221,8 +221,7 @@ def mra_triton(
         tables.query_pooled,
         *Settings.of(config, rule, mask.query_offset),
     )
-    if torch.compiler.is_compiling() or mask.blind_rows is not None:
-        output = for_blind_rows(output, value, mask, sinks)
+    output = for_blind_rows(output, value, mask, sinks)
     selection = selection_of(
         opened,
         rescued if config.coarse == "none" else None,

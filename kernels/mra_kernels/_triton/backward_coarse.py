@@ -23,6 +23,7 @@ from mra_kernels._triton.primitives import (
     load_rows,
     logit_slopes,
     logits_of,
+    run_of_rows,
     store_rows,
 )
 
@@ -107,7 +108,9 @@ def coarse_rows_kernel(
     ROWS += batch * mask_step * rows * ROW_FACTS
     KEYS += batch * mask_step * cols
     dx = tl.zeros([RB, DP], tl.float32)
-    for col_0 in range(0, cols, CB):
+    whole_first, whole_stop, _, _ = block_row_facts(ROWS, row // BLOCK, inside)
+    begin, end = run_of_rows(whole_first, whole_stop, inside, cols, CB)
+    for col_0 in range(begin, end, CB):
         col = col_0 + tl.arange(0, CB)
         k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(x.dtype)
         v_mean = load_rows(V_MEANS, col, DV, col < cols, DV, DVP).to(x.dtype)

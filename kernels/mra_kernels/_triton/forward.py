@@ -27,6 +27,7 @@ from mra_kernels._triton.primitives import (
     load_rows,
     logits_of,
     merged,
+    run_of_rows,
     softmax_step,
     softmax_step_whole,
     store_rows,
@@ -171,7 +172,8 @@ def forward_kernel(
         whole_first, whole_stop, _, _ = block_row_facts(ROWS, row, inside)
         K_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * D
         V_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * DV
-        for col_0 in range(0, cols, 32):
+        begin_col, end_col = run_of_rows(whole_first, whole_stop, inside, cols, 32)
+        for col_0 in range(begin_col, end_col, 32):
             col = col_0 + tl.arange(0, 32)
             word = tl.load(OPEN + row.to(tl.int64) * words + col_0 // 32, mask=inside, other=0)
             n_keys = tl.load(KEYS + col, mask=col < cols, other=0)

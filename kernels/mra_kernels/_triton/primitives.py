@@ -125,3 +125,12 @@ def block_row_facts(ROWS, row, inside):
         tl.load(at + SEEN_FIRST, mask=inside, other=0),
         tl.load(at + SEEN_STOP, mask=inside, other=0),
     )
+
+
+@triton.jit
+def run_of_rows(first, stop, inside, cols, STEP: tl.constexpr):
+    """The columns any of several rows of blocks has to do with: from a multiple of ``STEP`` on, and
+    one past the last."""
+    begin = tl.min(tl.where(inside & (first < stop), first, cols), 0)
+    end = tl.max(tl.where(inside & (first < stop), stop, 0), 0)
+    return begin // STEP * STEP, end

@@ -22,6 +22,7 @@ from mra_kernels._triton.primitives import (
     STARVING,
     block_row_facts,
     load_rows,
+    run_of_rows,
     softmax_step,
 )
 from mra_kernels._triton.threshold import (
@@ -74,7 +75,8 @@ def open_kernel(
         # A row of blocks in which a query would see nothing gets its best whole pair.
         top = tl.full([RB], float("-inf"), tl.float32)
         served = tl.load(at + STARVING, mask=inside, other=0) == 0
-        for col_0 in range(0, cols, CB):
+        begin, end = run_of_rows(whole_first, whole_stop, inside, cols, CB)
+        for col_0 in range(begin, end, CB):
             col = col_0 + tl.arange(0, CB)
             logits = pair_logits(q, K_MEANS, col, cols, scaling, softcap, D, DP, CAPPED, PRECISION)
             n_keys, real = real_keys(KEYS, col, cols)
@@ -97,7 +99,13 @@ def open_kernel(
     peak = tl.full([RB], float("-inf"), tl.float32)
     mass = tl.zeros([RB], tl.float32)
     weighted = tl.zeros([RB, DVP], tl.float32)
-    for col_0 in range(0, cols, CB):
+    OPEN += (head * rows + row)[:, None] * words + tl.arange(0, CB // 32)[None, :]
+    begin, end = run_of_rows(seen_first, seen_stop, inside, cols, CB)
+    for word_0 in range(0, words, CB // 32):
+        unseen = (word_0 * 32 < begin) | (word_0 * 32 >= end)
+        there = inside[:, None] & (word_0 + tl.arange(0, CB // 32) < words)[None, :]
+        tl.store(OPEN + word_0, tl.zeros([RB, CB // 32], tl.int32), mask=there & unseen)
+    for col_0 in range(begin, end, CB):
         col = col_0 + tl.arange(0, CB)
         logits = pair_logits(q, K_MEANS, col, cols, scaling, softcap, D, DP, CAPPED, PRECISION)
         n_keys, real = real_keys(KEYS, col, cols)
@@ -112,9 +120,8 @@ def open_kernel(
         opened = seen & real[None, :] & (paid | (whole == 0))
         bits = tl.reshape(opened.to(tl.int32), [RB, CB // 32, 32])
         word = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
-        where = col_0 // 32 + tl.arange(0, CB // 32)
-        to = OPEN + (head * rows + row)[:, None] * words + where[None, :]
-        tl.store(to, word, mask=inside[:, None] & (where < words)[None, :])
+        there = inside[:, None] & (col_0 // 32 + tl.arange(0, CB // 32) < words)[None, :]
+        tl.store(OPEN + col_0 // 32, word, mask=there)
         if POOLED:
             size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
             logits = tl.where(whole & (opened == 0), logits * LOG2_E + size[None, :], float("-inf"))

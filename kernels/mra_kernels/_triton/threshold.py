@@ -24,6 +24,7 @@ from mra_kernels._triton.primitives import (
     ROW_FACTS,
     block_row_facts,
     load_rows,
+    run_of_rows,
 )
 
 FIRST_BITS = 12
@@ -41,7 +42,8 @@ def _best_of_rows(
     CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     best = tl.full([RB], float("-inf"), tl.float32)
-    for col_0 in range(0, cols, CB):
+    begin, end = run_of_rows(seen_first, seen_stop, seen_first < seen_stop, cols, CB)
+    for col_0 in range(begin, end, CB):
         col = col_0 + tl.arange(0, CB)
         logits = pair_logits(q, K_MEANS, col, cols, scaling, softcap, D, DP, CAPPED, PRECISION)
         _n_keys, real = real_keys(KEYS, col, cols)
@@ -137,16 +139,17 @@ def row_threshold_kernel(
     low = tl.zeros([RB], tl.int64)
     threshold = tl.full([RB], NOTHING, tl.int64)
     searching = left >= 0
+    begin, end = run_of_rows(whole_first, whole_stop, inside, cols, CB)
     key, worth = _keys_and_worth(
-        q, K_MEANS, KEYS, row, tl.arange(0, CB), best, n_queries, whole_first, whole_stop, inside,
-        cols, scaling, softcap, offset, first_row, first_col,
+        q, K_MEANS, KEYS, row, begin + tl.arange(0, CB), best, n_queries, whole_first,
+        whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
         D, DP, SIDE, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
     )  # fmt: skip
     shift = KEY_BITS - _BUCKET_BITS
     while (shift >= 0) & (tl.max(searching.to(tl.int32), 0) > 0):
         tally = _tally(key, worth, low[:, None], shift)
         if not ONE_TILE:
-            for col_0 in range(CB, cols, CB):
+            for col_0 in range(begin + CB, end, CB):
                 next_key, next_worth = _keys_and_worth(
                     q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries,
                     whole_first, whole_stop, inside, cols, scaling, softcap, offset,
@@ -188,7 +191,8 @@ def _sweep(
         best = tl.zeros([RB], tl.float32)
         if LESS_BEST:
             best = tl.load(BEST + row, mask=inside, other=0.0)
-        for col_0 in range(0, cols, CB):
+        begin, end = run_of_rows(whole_first, whole_stop, inside, cols, CB)
+        for col_0 in range(begin, end, CB):
             key, worth = _keys_and_worth(
                 q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries, whole_first,
                 whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
@@ -249,7 +253,8 @@ def head_threshold_kernel(
         )  # fmt: skip
         tl.store(BEST + row, best, mask=inside)
     LOW: tl.constexpr = KEY_BITS - FIRST_BITS
-    for col_0 in range(0, cols, CB):
+    begin, end = run_of_rows(whole_first, whole_stop, inside, cols, CB)
+    for col_0 in range(begin, end, CB):
         key, worth = _keys_and_worth(
             q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries, whole_first,
             whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
