@@ -7,6 +7,7 @@ function; here once a launch.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,8 @@ class _Nothing:
 def _patch_once(function: Any) -> Any:
     if _patched:
         return _Nothing()
-    scope = _patch_all(function)
+    # Functions of Triton's own library see tl.core, kernels see tl.
+    scope = _patch_all(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     _patched.append(scope)
     undo = scope.restore
 
