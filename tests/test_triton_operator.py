@@ -233,6 +233,26 @@ def test_views_need_no_copies(executor):
     assert torch.equal(ours, mra_attention(*whole, config=config, impl="triton").output)
 
 
+def test_tiles_of_128_rows_over_blocks_of_32(executor, monkeypatch):
+    """Four rows of blocks share a tile, and each sees only what it opened itself."""
+    from mra_kernels._triton import tuning
+
+    for kernel in ("forward", "backward_query", "backward_key"):
+        wide = tuning.Tiles(128, 128, 8, 2)
+        monkeypatch.setitem(tuning.OVERRIDES, (kernel, 16, torch.float32), wide)
+    tokens = [x.requires_grad_() for x in make_qkv(5, n=300, m=300, d=16, dtype=torch.float32)]
+    config, mask = MraAttentionConfig((32, 1), 0.2), AttentionMask.causal(300)
+    ours = mra_attention(*tokens, config=config, mask=mask, impl="triton")
+    assert executor.launches[-1].grid[0] == 3
+    exact = mra_attention(
+        *tokens, config=config, mask=mask, impl="reference", selection=ours.selection
+    )
+    torch.testing.assert_close(ours.output, exact.output, rtol=1e-5, atol=1e-5)
+    grads = (torch.autograd.grad(x.output.square().sum(), tokens) for x in (ours, exact))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 33), (65, 1), (16, 17)])
 def test_tiny(n, m):
     tokens = make_qkv(0, n=n, m=m, d=16, dv=16, dtype=torch.float32)

@@ -150,9 +150,9 @@ def _key_step(
         stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
         visible = (key[:, None] >= begin[None, :]) & (key[:, None] < stop[None, :])
         if SIDE == BM:
-            visible = visible & (((entry >> (WHO + local)) & 1) == 1)[:, None]
+            visible = visible & (((entry >> (local + WHO)) & 1) == 1)[:, None]
         else:
-            visible = visible & (((entry[None, :] >> (WHO + local)[:, None]) & 1) == 1)
+            visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
         weights = tl.where(visible, weights, 0.0)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     dots = tl.dot(v, tl.trans(grad), input_precision=PRECISION)

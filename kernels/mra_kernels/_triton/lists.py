@@ -49,14 +49,13 @@ def list_keys(
     plain = tl.load(KEYS + col, mask=there, other=0) == SIDE
     who = tl.zeros([CHUNK], tl.int32)
     for each in tl.static_range(TILE_ROWS):
-        row = (first_row + each).to(tl.int64)
-        exists = row < rows
-        word = tl.load(OPEN + row * words + col // 32, mask=there & exists, other=0)
+        # Beyond the last row, that one again: it changes nothing.
+        row = tl.minimum(first_row + each, rows - 1).to(tl.int64)
+        word = tl.load(OPEN + row * words + col // 32, mask=there, other=0)
         bit = (word >> (col % 32)) & 1
-        whole_first = tl.load(ROWS + row * ROW_FACTS + WHOLE_FIRST, mask=exists, other=0)
-        whole_stop = tl.load(ROWS + row * ROW_FACTS + WHOLE_STOP, mask=exists, other=cols)
-        whole = (col >= whole_first) & (col < whole_stop)
-        plain = plain & whole & ((bit == 1) | (exists == 0))
+        whole_first = tl.load(ROWS + row * ROW_FACTS + WHOLE_FIRST)
+        whole_stop = tl.load(ROWS + row * ROW_FACTS + WHOLE_STOP)
+        plain = plain & (bit == 1) & (col >= whole_first) & (col < whole_stop)
         who += bit << each
     return _write(LIST, col, who, plain, STEP)
 
@@ -74,13 +73,11 @@ def list_queries(
     plain = (row + 1) * SIDE <= n
     who = tl.zeros([CHUNK], tl.int32)
     for each in tl.static_range(TILE_COLS):
-        col = first_col + each
-        exists = col < cols
-        word = tl.load(OPEN + row * words + col // 32, mask=there & exists, other=0)
+        col = tl.minimum(first_col + each, cols - 1)
+        word = tl.load(OPEN + row * words + col // 32, mask=there, other=0)
         bit = (word >> (col % 32)) & 1
-        full = tl.load(KEYS + col, mask=exists, other=SIDE) == SIDE
-        whole = full & (col >= whole_first) & (col < whole_stop) & (bit == 1)
-        plain = plain & (whole | (exists == 0))
+        real = tl.load(KEYS + col) + tl.zeros([CHUNK], tl.int32)
+        plain = plain & (bit == 1) & (real == SIDE) & (col >= whole_first) & (col < whole_stop)
         who += bit << each
     return _write(LIST, row.to(tl.int32), who, plain, STEP)
 
@@ -158,9 +155,9 @@ def visible_keys(
     key = tokens_of(entry, SIDE, BN)
     visible = (key[None, :] >= begin[:, None]) & (key[None, :] < stop[:, None])
     if SIDE == BN:
-        visible = visible & (((entry >> (WHO + local)) & 1) == 1)[:, None]
+        visible = visible & (((entry >> (local + WHO)) & 1) == 1)[:, None]
     else:
-        visible = visible & (((entry[None, :] >> (WHO + local)[:, None]) & 1) == 1)
+        visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
     if KEY_VALID is not None:
         real = tl.load(KEY_VALID + key, mask=key < m, other=0) != 0
         visible = visible & real[None, :]

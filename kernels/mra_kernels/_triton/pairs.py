@@ -13,7 +13,9 @@ KEY_BITS = tl.constexpr(60)
 NOTHING = tl.constexpr(1 << 61)
 """Above every key."""
 COST_BITS = tl.constexpr(36)
-"""Of a tally: 2^36 entries a head; the rest counts pairs."""
+ONE_PAIR = tl.constexpr(1 << 36)
+"""Of a tally: below this, 2^36 entries a head; above, pairs."""
+_LAST_INDEX = tl.constexpr((1 << 27) - 1)
 
 
 @triton.jit
@@ -60,4 +62,4 @@ def sort_keys(
             near = near & (key < (1 << 32))
         key += tl.where(near, 1 << 32, 0).to(tl.int64)
     index = row.to(tl.int64)[:, None] * cols + col.to(tl.int64)[None, :]
-    return (key << INDEX_BITS) + ((1 << INDEX_BITS) - 1 - index)
+    return (key << INDEX_BITS) + (_LAST_INDEX - index)

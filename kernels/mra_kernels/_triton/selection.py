@@ -102,9 +102,10 @@ def open_kernel(
     OPEN += (head * rows + row)[:, None] * words + tl.arange(0, CB // 32)[None, :]
     begin, end = run_of_rows(seen_first, seen_stop, inside, cols, CB)
     for word_0 in range(0, words, CB // 32):
-        unseen = (word_0 * 32 < begin) | (word_0 * 32 >= end)
-        there = inside[:, None] & (word_0 + tl.arange(0, CB // 32) < words)[None, :]
-        tl.store(OPEN + word_0, tl.zeros([RB, CB // 32], tl.int32), mask=there & unseen)
+        word = word_0 + tl.arange(0, CB // 32)
+        unseen = ((word * 32 < begin) | (word * 32 >= end)) & (word < words)
+        there = inside[:, None] & unseen[None, :]
+        tl.store(OPEN + word_0, tl.zeros([RB, CB // 32], tl.int32), mask=there)
     for col_0 in range(begin, end, CB):
         col = col_0 + tl.arange(0, CB)
         logits = pair_logits(q, K_MEANS, col, cols, scaling, softcap, D, DP, CAPPED, PRECISION)
@@ -119,9 +120,9 @@ def open_kernel(
         paid = (key >= threshold[:, None]) | (col[None, :] == rescued[:, None])
         opened = seen & real[None, :] & (paid | (whole == 0))
         bits = tl.reshape(opened.to(tl.int32), [RB, CB // 32, 32])
-        word = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
+        words_here = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
         there = inside[:, None] & (col_0 // 32 + tl.arange(0, CB // 32) < words)[None, :]
-        tl.store(OPEN + col_0 // 32, word, mask=there)
+        tl.store(OPEN + col_0 // 32, words_here, mask=there)
         if POOLED:
             size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
             logits = tl.where(whole & (opened == 0), logits * LOG2_E + size[None, :], float("-inf"))

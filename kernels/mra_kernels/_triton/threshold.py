@@ -14,6 +14,7 @@ from mra_kernels._triton.pairs import (
     COST_BITS,
     KEY_BITS,
     NOTHING,
+    ONE_PAIR,
     pair_logits,
     real_keys,
     sort_keys,
@@ -71,7 +72,7 @@ def _keys_and_worth(
     cost = n_queries[:, None] * n_keys[None, :]
     if BY_COUNT:
         cost = tl.full([RB, CB], 1, tl.int32)
-    return key, tl.where(whole, cost.to(tl.int64) + (1 << COST_BITS), 0)
+    return key, tl.where(whole, cost.to(tl.int64) + ONE_PAIR, 0)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _narrowed(tally, low, left, shift):
         and what is left for them.
     """
     bucket = tl.arange(0, _BUCKETS)[None, :]
-    cost = tally & ((1 << COST_BITS) - 1)
+    cost = tally & (ONE_PAIR - 1)
     cost_from = tl.sum(cost, 1)[:, None] - tl.cumsum(cost, 1) + cost
     chosen = tl.max(tl.where(cost_from > left[:, None], bucket, -1), 1)
     here = bucket == chosen[:, None]
@@ -274,7 +275,7 @@ def head_threshold_kernel(
             for skipped in range(0, 1 << FIRST_BITS, 512):
                 bucket = (1 << FIRST_BITS) - 1 - skipped - tl.arange(0, 512)
                 tally = tl.load(TALLIES + (segment << FIRST_BITS) + bucket)
-                cost = tally & ((1 << COST_BITS) - 1)
+                cost = tally & (ONE_PAIR - 1)
                 cost_from = above + tl.cumsum(cost, 0)
                 first = tl.max(tl.where(cost_from > left, bucket, -1), 0)
                 new = (first >= 0) & (chosen < 0)

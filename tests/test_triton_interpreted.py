@@ -1,0 +1,52 @@
+"""The kernels in Triton's interpreter: a second opinion, in a few small calls."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 (make test-kernels)"
+    ),
+]
+pytest.importorskip("triton")
+
+from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa: E402
+from mra_kernels.testing import make_qkv  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def repaired():
+    import interpreter
+
+    interpreter.install()
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance"),
+    [
+        (MraAttentionConfig((64, 1), 0.3), torch.float32, 1e-5),
+        (MraAttentionConfig((32, 1), 0.3, coarse="per_query", scope="row"), torch.bfloat16, 0.03),
+        (MraAttentionConfig((16, 1), 0.2, coarse="none", first_blocks=1), torch.float16, 0.003),
+    ],
+    ids=["pooled", "per query", "none"],
+)
+def test_forward_and_backward(config, dtype, tolerance):
+    tokens = make_qkv(4, batch=1, heads=2, kv_heads=1, n=150, m=150, d=24, dv=16, dtype=dtype)
+    tokens = [x.requires_grad_() for x in tokens]
+    mask = AttentionMask.causal(150)
+    result = mra_attention(*tokens, config=config, mask=mask, impl="triton")
+    double = [x.detach().double().requires_grad_() for x in tokens]
+    exact = mra_attention(
+        *double, config=config, mask=mask, impl="reference", selection=result.selection
+    )
+    torch.testing.assert_close(result.output.double(), exact.output, rtol=0, atol=tolerance)
+    grad = torch.ones_like(result.output)
+    ours = torch.autograd.grad(result.output, tokens, grad)
+    theirs = torch.autograd.grad(exact.output, double, grad.double())
+    for got, expected in zip(ours, theirs, strict=True):
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
