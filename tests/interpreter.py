@@ -1,8 +1,8 @@
 """Triton's interpreter, made right for bfloat16 and quicker. For ``TRITON_INTERPRET=1`` only.
 
 As it comes (3.9) it keeps bfloat16 as its bits: products, sums and comparisons work on those, and
-casts cut instead of rounding; a constant times a tensor is no tensor. And it patches all of `triton.language` at every call of a device
-function; here once a launch.
+casts cut instead of rounding; a constant times a tensor is no tensor. And it patches all of
+`triton.language` at every call of a device function; here once a launch.
 """
 
 from __future__ import annotations
