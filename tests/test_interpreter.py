@@ -60,3 +60,46 @@ def test_bfloat16_is_rounded_to_even():
     back = torch.empty(4096)
     _cast[(1,)](out, back, SIZE=4096)
     assert torch.equal(back.nan_to_num(0), out.float().nan_to_num(0))
+
+
+def _small(name, n, m, mask, packed=True):
+    """A call of a few tiles."""
+    from mra_kernels.testing import make_qkv
+    from triton_cases import SETTINGS, Call
+
+    setting = next(s for s in SETTINGS if s.name == name)
+    tokens = make_qkv(1, 1, setting.group, 1, n, m, *setting.widths, torch.float32)
+    extras = {"scaling": 0.125, "softcap": setting.softcap}
+    if setting.sinks:
+        extras["sinks"] = torch.linspace(-1, 3, setting.group)
+    if setting.padded:
+        valid = torch.ones(1, m, dtype=torch.bool)
+        valid[0, :21] = False
+        mask = mask.with_padding(valid, valid if n == m else None)
+    tokens = tuple(x.to(setting.dtype) for x in tokens)
+    return Call(setting, tokens, mask, setting.config, extras, exact_scores=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "m", "causal"),
+    [
+        ("mra2", 100, 130, False),
+        ("mra2 padded", 96, 96, True),
+        ("per query", 130, 130, True),
+        ("priors", 70, 70, True),
+        ("block per row", 100, 100, False),
+        ("sparse only", 65, 200, False),
+        ("few queries", 3, 150, False),
+    ],
+)
+def test_the_interpreter_agrees(name, n, m, causal):
+    """On the kernels as Python: not the IR that the other tests run, and not our C."""
+    from mra_kernels import AttentionMask
+    from triton_cases import check, check_gradients, launched_by, plainly
+
+    mask = AttentionMask.causal(n, m) if causal else AttentionMask.full(n, m)
+    call = _small(name, n, m, mask)
+    with launched_by(plainly):
+        check(call)
+        if call.setting.gradients:
+            check_gradients(call)

@@ -62,9 +62,7 @@ def table(kernel: str, capability: tuple[int, int], width: int, dtype: torch.dty
         return Tiles(64, 64 if width <= 128 else 32, 4 if width <= 64 else 8, 1 if small else 2)
     if small:
         return Tiles(64, 64 if width <= 64 else 32, 4 if width <= 64 else 8, 2)
-    if width > 64:
-        return Tiles(64, 64, 4 if capability[0] in (9, 10) else 8, 2)
-    return Tiles(64, 64, 4, 3 if capability[0] in (9, 10) else 2)
+    return Tiles(64, 64, 4 if width <= 64 or capability == (9, 0) else 8, 2)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
