@@ -18,7 +18,7 @@ test-slow: $(VENV)/examples  ## the others
 test-kernels: $(VENV)/dev  ## the Triton kernels, without a GPU: compiled, run on the CPU, interpreted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m kernels
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 \
-		$(BIN)/python -m pytest -n 2 tests/test_interpreter.py
+		$(BIN)/python -m pytest -n 2 tests/test_interpreter.py tests/test_triton_interpreted.py
 
 test-gpu: $(VENV)/dev     ## the Triton kernels on a GPU; without one, nothing but a reason
 	$(BIN)/python -m pytest -m gpu -rs
