@@ -25,7 +25,7 @@ from mra_cli.evaluate import Judge
 from mra_cli.inputs import make_samples, probe
 from mra_cli.patching import intercepted
 from mra_cli.sites import Site, find_sites
-from mra_kernels.keys import leading_features
+from mra_kernels.keys import Directions
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def _worth(
         return mass.sum((-3, -1)) / rule.keys
     if rule.rank is not None:
         assert call.mask is not None
-        features = leading_features(query[None], key[None], call.mask, rule.rank)
-        query, key = (x[0] for x in features)
+        directions = Directions.leading(query[None], key[None], call.mask, rule.rank)
+        query, key = (x[0] for x in directions.features(query[None], key[None]))
     scored = _means(key, rule.keys).repeat_interleave(rule.keys, 1) if rule.pooled_keys else key
     scores = _means(query, rule.probe) @ scored[:, : key.shape[1]].mT * call.scaling
     some = _cut(visible, rule.probe, 1).any(-3)[..., 0]

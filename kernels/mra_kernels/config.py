@@ -99,7 +99,7 @@ class MraKeysConfig:
         rows: Queries per block.
         budget: Fraction in (0, 1] of the legal (unmasked) score entries that may be exact.
         rank: Features, of those that carry most of ``query . key``, from which scores are
-            estimated; at ``head_dim`` and above they are exact.
+            estimated, a byte each; at ``head_dim`` and above none is left out.
         tail: What keys left behind contribute. ``pooled``: one score for all queries of a block.
             ``tilted``: their log-sum-exp at the mean query, and its gradient times a query's
             distance from the mean; with a soft-cap, like ``pooled``.

@@ -6,6 +6,7 @@ in float32, float64 stays float64), any device, autograd; as much work as exact 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,19 @@ FARTHEST = 127
 """Distances are whole steps from 0, for favoured keys, to this."""
 
 STEPS_PER_NAT = 8
+
+QUERY_LEVELS, KEY_LEVELS = 127, 63
+"""Features are whole numbers from minus to plus so many, so that processors multiply four of them
+at a time: products of two fit 16 bits in pairs."""
+
+APART = 8
+"""Log-sum-exps take every so many-th key, for so many, but where keys count singly."""
+
+_CHUNK, _CLOSE = 64, 32
+"""Keys count singly in chunks of so many that hold the first key, or one so close to the block."""
+
+_LEAST_UNIT = 1e-4
+"""Nats that products of features count in, at least."""
 
 _TOKENS_FOR_FEATURES = 1024
 """The leading features are those of so many tokens, spread evenly over the sequence."""
@@ -126,10 +140,10 @@ def choose_keys(
     """
     batch_size, heads, _n_queries, _ = query.shape
     rows = config.rows
-    estimates = leading_features(query, key, mask, config.rank)
+    features = ByteFeatures.of(query, key, mask, config, rule.scaling)
     parts, whole, some, live = [], [], [], []
     for block in _query_blocks(mask, rows, batch_size, heads * key.shape[2]):
-        tiles = _distances(*estimates, block, mask, config, rule)
+        tiles = _distances(features, block, mask, config, rule)
         parts.append(tiles)
         whole.append(block.whole)
         some.append(block.seen)
@@ -154,35 +168,94 @@ def choose_keys(
     )
 
 
-def leading_features(
-    query: Tensor, key: Tensor, mask: AttentionMask, rank: int
-) -> tuple[Tensor, Tensor]:
-    """The ``rank`` features of queries and keys whose products are nearest to ``query . key``.
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Features of queries and keys whose products are nearest to ``query . key``.
 
-    The best approximation of that rank in the mean square over all pairs (Eckart & Young, 1936),
-    by whitening with the second moment of the queries. Keys are taken relative to their mean,
-    which shifts all scores of a query alike.
-
-    Returns:
-        Queries ``[B, H, N, rank]`` and keys ``[B, H, M, rank]``; with the rank of the head, all.
+    Attributes:
+        to_query, to_key: Times a token they are its features, ``[B, H, D, rank]``.
+        mean: Of all keys, ``[B, Hkv, 1, D]``.
     """
-    heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
-    valid = mask.key_valid
-    if valid is None:
-        valid = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
-    key = key - _counted_means(key, valid, key.shape[2])
-    if rank >= width:
-        return query, key.repeat_interleave(heads // kv_heads, 1)
-    of_queries = _second_moment(query, mask.query_valid)
-    of_keys = _second_moment(key, mask.key_valid).repeat_interleave(heads // kv_heads, 1)
-    scale = of_queries.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-20)
-    identity = torch.eye(width, dtype=query.dtype, device=query.device)
-    lower = torch.linalg.cholesky(of_queries / scale + 1e-5 * identity)
-    vectors = torch.linalg.eigh(lower.mT @ of_keys @ lower)[1][..., -rank:]
-    to_queries = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
-    to_keys = lower @ vectors
-    grouped = key[:, :, None] @ to_keys.unflatten(1, (kv_heads, -1))
-    return query @ to_queries, grouped.flatten(1, 2)
+
+    to_query: Tensor
+    to_key: Tensor
+    mean: Tensor
+
+    @classmethod
+    def leading(cls, query: Tensor, key: Tensor, mask: AttentionMask, rank: int) -> Directions:
+        """The best approximation of that rank in the mean square over all pairs (Eckart & Young,
+        1936), by whitening with the second moment of the queries; with the rank of the head, all.
+
+        Keys count relative to their mean, which shifts all scores of a query alike. Features of
+        queries and keys are as large, so that they suffer as little where they are rounded.
+
+        Args:
+            query: ``[B, H, N, D]``.
+            key: ``[B, Hkv, M, D]``.
+        """
+        heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+        valid = mask.key_valid
+        if valid is None:
+            valid = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
+        mean = _counted_means(key, valid, key.shape[2])
+        of_queries = _second_moment(query, mask.query_valid)
+        of_keys = _second_moment(key - mean, mask.key_valid).repeat_interleave(heads // kv_heads, 1)
+        identity = torch.eye(width, dtype=query.dtype, device=query.device).expand_as(of_queries)
+        to_query = to_key = identity
+        if rank < width:
+            size = of_queries.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-20)
+            lower = torch.linalg.cholesky(of_queries / size + 1e-5 * identity)
+            vectors = torch.linalg.eigh(lower.mT @ of_keys @ lower)[1][..., -rank:]
+            to_query = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
+            to_key = lower @ vectors
+        size_q, size_k = (
+            (to.mT @ moment @ to).diagonal(dim1=-2, dim2=-1)[..., None, :].clamp(min=1e-20)
+            for to, moment in ((to_query, of_queries), (to_key, of_keys))
+        )
+        balance = (size_k / size_q) ** 0.25
+        return cls(to_query * balance, to_key / balance, mean)
+
+    def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries, ``[B, H, N, rank]``, and keys, ``[B, H, M, rank]``."""
+        kv_heads = key.shape[1]
+        grouped = (key - self.mean)[:, :, None] @ self.to_key.unflatten(1, (kv_heads, -1))
+        return query @ self.to_query, grouped.flatten(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class ByteFeatures:
+    """Leading features in bytes; products of a query's and a key's estimate their logit.
+
+    Attributes:
+        query, key: Whole numbers, ``[B, H, N, rank]`` and ``[B, H, M, rank]``.
+        unit: Nats that a product of each block's queries counts, ``[B, H, blocks]``.
+    """
+
+    query: Tensor
+    key: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        config: MraKeysConfig,
+        scaling: float,
+    ) -> ByteFeatures:
+        """Features of queries ``[B, H, N, D]`` and keys ``[B, Hkv, M, D]``; padding has none."""
+        q, k = Directions.leading(query, key, mask, config.rank).features(query, key)
+        counted, _ = mask.pooled_tokens(config.rows)
+        q, k = (
+            x if valid is None else x * valid[:, None, :, None]
+            for x, valid in ((q * scaling, counted), (k, mask.key_valid))
+        )
+        step_k = k.abs().amax((2, 3)).clamp(min=1e-20) / KEY_LEVELS
+        most_q = _tiled_rows(q, config.rows, 0.0).abs().amax((3, 4))
+        unit = (most_q * step_k[..., None] / QUERY_LEVELS).clamp(min=_LEAST_UNIT)
+        step_q = each_row((unit / step_k[..., None])[..., None], q, config.rows)
+        return cls((q / step_q).round(), (k / step_k[..., None, None]).round(), unit)
 
 
 def _second_moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
@@ -259,8 +332,7 @@ def _counted_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
 
 
 def _distances(
-    query: Tensor,
-    key: Tensor,
+    features: ByteFeatures,
     block: _QueryBlocks,
     mask: AttentionMask,
     config: MraKeysConfig,
@@ -269,24 +341,50 @@ def _distances(
     """How far below a query's estimated log-sum-exp a key's score stays, for the query of the
     block to which it comes nearest, in steps; uint8 ``[B, H, blocks, M]``.
     """
-    own = query[:, :, block.first : block.last]
-    logits = own @ key.mT * rule.scaling
+    own = features.query[:, :, block.first : block.last]
+    blocks = slice(block.first // config.rows, -(-block.last // config.rows))
+    unit = features.unit[:, :, blocks, None]
+    logits = own @ features.key.mT
     if rule.bias is not None:
-        logits = logits + rule.bias[:, :, block.first : block.last]
+        bias = rule.bias[:, :, block.first : block.last]
+        logits = logits + (bias / each_row(unit, own, config.rows)).round()
     logits = logits.masked_fill(~block.visible[:, None], -torch.inf)
-    below = logits - logits.logsumexp(-1, keepdim=True)
+    weights = _log_weights(block, mask, config, logits)
+    normaliser = (logits * each_row(unit, own, config.rows) + weights).logsumexp(-1, keepdim=True)
     # Rows that see nothing, whose log-sum-exp is -inf, say nothing.
-    below = below.masked_fill(
-        ~(block.counted & block.visible.any(-1))[:, None, :, None], -torch.inf
-    )
-    nearest = _tiled_rows(below, config.rows, -torch.inf).amax(3)
+    speaks = block.counted[:, None, :, None] & (normaliser > -torch.inf)
+    below = logits - (normaliser / each_row(unit, own, config.rows)).round()
+    below = below.masked_fill(~speaks, -torch.inf)
+    nearest = _tiled_rows(below, config.rows, -torch.inf).amax(3) * unit
     steps = (-STEPS_PER_NAT * nearest.clamp(min=-FARTHEST)).floor().clamp(0, FARTHEST - 1) + 1
-    keys = torch.arange(mask.n_keys, device=key.device)
-    first = torch.zeros(1, 1, dtype=torch.int64, device=key.device)
-    if mask.key_valid is not None:  # left padding moves the first key
-        first = mask.key_valid.int().argmax(1, keepdim=True)
-    favoured = keys < first + config.first_keys
+    keys = torch.arange(mask.n_keys, device=logits.device)
+    favoured = keys < _first_key(mask, logits.device) + config.first_keys
     return steps.masked_fill(favoured[:, None, None], 0).to(torch.uint8)
+
+
+def _log_weights(
+    block: _QueryBlocks, mask: AttentionMask, config: MraKeysConfig, logits: Tensor
+) -> Tensor:
+    """Logarithms of how often each key counts in log-sum-exps, ``[B or 1, 1, rows, M]``."""
+    key = torch.arange(mask.n_keys, device=logits.device)
+    row = torch.arange(block.first, block.last, device=logits.device)
+    first = row // config.rows * config.rows + mask.n_keys - mask.n_queries
+    end = first + config.rows
+    low = torch.div(first - _CLOSE, _CHUNK, rounding_mode="floor")[:, None]
+    high = torch.div(end + _CLOSE - 1, _CHUNK, rounding_mode="floor")[:, None]
+    chunk = key // _CHUNK
+    front = _first_key(mask, logits.device) // _CHUNK
+    singly = (chunk >= low) & (chunk <= high) | (chunk == front)[:, None]
+    none = logits.new_full((), -torch.inf)
+    others = torch.where(key % APART == 0, logits.new_full((), math.log(APART)), none)
+    return torch.where(singly, logits.new_zeros(()), others)[:, None]
+
+
+def _first_key(mask: AttentionMask, device: torch.device) -> Tensor:
+    """Left padding moves the first key, int64 ``[B or 1, 1]``."""
+    if mask.key_valid is None:
+        return torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return mask.key_valid.int().argmax(1, keepdim=True)
 
 
 def _nearest_affordable(distance: Tensor, price: Tensor, budget: int) -> Tensor:

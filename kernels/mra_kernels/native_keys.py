@@ -20,7 +20,7 @@ from mra_kernels._library import (
     rows_of,
 )
 from mra_kernels.config import MraKeysConfig
-from mra_kernels.keys import KeyChoice, leading_features
+from mra_kernels.keys import Directions, KeyChoice
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule, block_mean
@@ -28,6 +28,9 @@ from mra_kernels.scores import ScoreRule, block_mean
 _GROUP = 64
 """Estimated keys are padded to an odd multiple of this: as many are scored at a time, and rows that
 lie a power of two apart push each other out of a cache."""
+
+_WIDEST = 16
+"""Features are padded to a multiple of the most lanes of any processor."""
 
 _DISTANCES = 1 << 22
 """Keys of blocks whose distances are kept at a time, a byte each, where there are threads to
@@ -106,14 +109,16 @@ def _choose(
     """Fills the bitmaps of the level; returns the tallies of the heads."""
     batch_size, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
-    of_queries, of_keys = leading_features(query, key, mask, config.rank)
-    of_queries = (of_queries * rule.scaling).contiguous()
+    directions = Directions.leading(query, key, mask, config.rank)
+    to_query, to_key = (
+        torch.nn.functional.pad(x, (0, -x.shape[3] % _WIDEST)).contiguous()
+        for x in (directions.to_query * rule.scaling, directions.to_key)
+    )
+    mean = (directions.mean.repeat_interleave(heads // key.shape[1], 1) @ to_key).contiguous()
     padded = (-(-n_keys // _GROUP) | 1) * _GROUP
-    across = torch.nn.functional.pad(of_keys.mT, (0, padded - n_keys)).contiguous()
     hidden = None
     if mask.key_valid is not None:
-        missing = torch.nn.functional.pad(~mask.key_valid, (0, padded - n_keys), value=True)
-        hidden = torch.zeros(missing.shape).masked_fill(missing, -torch.inf)
+        hidden = torch.nn.functional.pad(~mask.key_valid, (0, padded - n_keys), value=True)
         hidden = hidden.expand(batch_size, -1).contiguous()
     valid, _ = mask.pooled_tokens(config.rows)
     counted = torch.ones(1, n_queries, dtype=torch.bool) if valid is None else valid
@@ -124,10 +129,8 @@ def _choose(
     group = min(batch_size * heads, group)
     distances = torch.empty(group * level.rows * padded, dtype=torch.uint8)
     estimate = EstimateStruct(
-        of_queries.data_ptr(),
-        across.data_ptr(),
-        of_queries.shape[3],
-        padded,
+        *(x.data_ptr() for x in (to_query, to_key, mean)),
+        *(to_key.shape[3], -(-directions.to_key.shape[3] // 4), padded),
         None if hidden is None else hidden.data_ptr(),
         *(x.data_ptr() for x in (counted, budgets, distances)),
         config.first_keys,

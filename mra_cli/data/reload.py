@@ -7,6 +7,7 @@ no mra_cli. One argument: the job, a JSON file.
 import importlib
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,13 +31,18 @@ def floats(output):
 def loaded(run):
     """The model, by transformers alone."""
     auto_class = getattr(transformers, run["auto_class"])
-    try:
-        return auto_class.from_pretrained(run["path"], **run["options"]).eval()
-    except ModuleNotFoundError:
-        # transformers has just written the modules it imports: Python misses files that come into
-        # a folder within the same tick of the file system's clock as it was last listed.
-        importlib.invalidate_caches()
-        return auto_class.from_pretrained(run["path"], **run["options"]).eval()
+    for wait_s in (0.05, 0.2, 1.0, None):
+        try:
+            return auto_class.from_pretrained(run["path"], **run["options"]).eval()
+        except ModuleNotFoundError:
+            # transformers has just written the modules it imports: Python misses files that come
+            # into a folder within the same tick of the file system's clock as it was last listed.
+            if wait_s is None:
+                raise
+            time.sleep(wait_s)
+            for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
+                del sys.modules[name]
+            importlib.invalidate_caches()
 
 
 torch.set_num_threads(job["threads"])

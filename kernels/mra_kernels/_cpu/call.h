@@ -54,14 +54,14 @@ struct Tally {  // per head
   int64_t exact, forced, scored, left;
 };
 
-struct Estimate {  // see keys.py; keys are padded to `padded`
-  const float* query;  // scaled [batch * heads][queries][rank]
-  const float* key;    // [batch * heads][rank][padded]
-  int64_t rank, padded;
-  const float* hidden;     // 0, or -inf for padding [batch][padded]
-  const uint8_t* counted;  // queries that speak for their block [batch][queries]
-  const double* budgets;   // shares of the legal entries [heads]
-  uint8_t* distances;      // scratch [heads_at_once][rows of blocks][padded]
+struct Estimate {  // see Directions in keys.py; `wide` is the rank and zeros up to some lanes
+  const float *to_query, *to_key;  // [batch * heads][width][wide]
+  const float* mean;               // of all keys, in features [batch * heads][wide]
+  int64_t wide, fours, padded;     // `fours` features in fours; keys are padded to `padded`
+  const uint8_t* hidden;           // padding among the keys [batch][padded]; null: none
+  const uint8_t* counted;          // queries that speak for their block [batch][queries]
+  const double* budgets;           // shares of the legal entries [heads]
+  uint8_t* distances;              // scratch [heads_at_once][rows of blocks][padded]
   int64_t first_keys, heads_at_once;
 };
 

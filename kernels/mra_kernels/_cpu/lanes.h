@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <limits>
+#if defined(__SSSE3__)
+#include <immintrin.h>
+#endif
 
 // A register of lanes, and how many keys' sums (or value columns') fit the others at once.
 #if defined(__AVX512F__)
@@ -91,4 +94,27 @@ static inline float dot_product(const float* query, const float* key, int64_t wi
   for (; d < width; ++d) sum += query[d] * key[d];
   for (int i = 0; i < LANES; ++i) sum += sums[i];
   return sum;
+}
+
+// sums + the products of four bytes each: of keys (0 to 127), a key per lane, and of one query
+// (-127 to 127). Seven bits, as two products must fit 16.
+static inline Ints add_products(const Ints& sums, const Ints& keys, int32_t query) {
+  const Ints queries = all_ints(query);
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)keys, (__m512i)queries);
+#elif defined(__AVX512BW__)
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)keys, (__m512i)queries);
+  return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)keys, (__m256i)queries);
+  return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__SSSE3__) && !defined(__AVX__)
+  const __m128i pairs = _mm_maddubs_epi16((__m128i)keys, (__m128i)queries);
+  return sums + (Ints)_mm_madd_epi16(pairs, _mm_set1_epi16(1));
+#else
+  Ints total = sums;
+  for (int byte = 0; byte < 32; byte += 8)
+    total += (keys >> byte & 255) * static_cast<int8_t>(query >> byte);
+  return total;
+#endif
 }

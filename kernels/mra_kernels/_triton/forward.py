@@ -241,7 +241,7 @@ def attend(
     total = torch.empty_like(lse)
     cut = tuning.tiles("forward", query, value)
     few = n <= FEW
-    tile_rows, most = (FEW, CHUNK // 4) if few else (cut.rows_for(settings.side), CHUNK)
+    tile_rows, most = (FEW, CHUNK // 4) if few else (min(cut.rows, 4 * settings.side), CHUNK)
     rows, words = plan.opened.shape[1:]
     cols = tables.keys_per_block.shape[1]
     tiles, chunk = -(-n // tile_rows), min(most, tuning.padded(cols))
