@@ -1,9 +1,8 @@
 """Triton's interpreter, made right for bfloat16 and quicker. For ``TRITON_INTERPRET=1`` only.
 
 As it comes (3.9) it keeps bfloat16 as its bits: products, sums and comparisons work on those, and
-casts cut instead of rounding. It refuses what the compiler takes: numbers shifted by a constant, a
-constant plus a tensor, masks made of a scalar. And it patches all of `triton.language` at every
-call of a device function; here once a launch.
+casts cut instead of rounding; a constant times a tensor is no tensor. And it patches all of
+`triton.language` at every call of a device function; here once a launch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ def install() -> None:
     """Once is enough; again does nothing."""
     if interpreter._patch_lang is not _patch_once:
         _repair_bfloat16()
-        _repair_refusals()
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod"):
+            setattr(tl.constexpr, f"__{name}__", _with_tensors(name))
         interpreter._patch_lang = _patch_once
 
 
@@ -91,29 +91,8 @@ def _repair_bfloat16() -> None:
     _Builder.create_fp_to_fp = create_fp_to_fp
 
 
-def _repair_refusals() -> None:
-    tl.constexpr.__rlshift__ = lambda self, number: number << self.value
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lshift", "rshift"):
-        setattr(tl.constexpr, f"__{name}__", _with_tensors(name))
-    load, store = _Builder.create_masked_load, _Builder.create_masked_store
-
-    def masked(mask: Any) -> Any:
-        return _Handle(mask.data.astype(np.bool_), mask.dtype)
-
-    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        return load(self, pointers, masked(mask), *rest)
-
-    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return store(self, pointers, value, masked(mask), *rest)
-
-    _Builder.create_masked_load, _Builder.create_masked_store = (
-        create_masked_load,
-        create_masked_store,
-    )
-
-
 def _with_tensors(name: str) -> Any:
-    """A constant and a tensor make a tensor."""
+    """A constant and a tensor make a tensor, as they do for the compiler."""
     before, plain = getattr(tl.constexpr, f"__{name}__"), getattr(operator, name)
 
     def combined(self: Any, other: Any) -> Any:
@@ -123,8 +102,6 @@ def _with_tensors(name: str) -> Any:
 
 
 _patch_all, _patched = interpreter._patch_lang, []
-_EVERYTHING = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-"""Stands for a function that uses both; library functions look at `core`."""
 
 
 class _Nothing:
@@ -135,7 +112,8 @@ class _Nothing:
 def _patch_once(function: Any) -> Any:
     if _patched:
         return _Nothing()
-    scope = _patch_all(_EVERYTHING)
+    # Functions of Triton's own library see tl.core, kernels see tl.
+    scope = _patch_all(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     _patched.append(scope)
     undo = scope.restore
 
