@@ -269,7 +269,7 @@ def test_bad_settings_are_named(change, message):
         ({"mask": AttentionMask.full(5, 4)}, "5 queries x 5 keys, got 5 x 4"),
         ({"sinks": torch.zeros(3)}, r"sinks must have shape \[2\]"),
         ({"bias": torch.zeros(1, 2, 5, 4)}, "bias must have shape"),
-        ({"impl": "fast"}, "auto, native, reference"),
+        ({"impl": "fast"}, "auto, native, triton, reference"),
         ({"config": MraAttentionConfig(grid=(3, 3))}, "at least 9 tokens, got 5"),
     ],
 )
