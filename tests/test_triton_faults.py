@@ -72,8 +72,8 @@ FAULTS = [
     Fault(
         "another row's blocks",
         lists.list_keys,
-        "(first_row + each).to",
-        "(first_row + 1 - each).to",
+        "first_row + each",
+        "first_row + 1 - each",
     ),
     Fault(
         "wrong group of heads",
