@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from triton_cases import SETTINGS, calls, check, check_gradients, launched_by, plainly  # noqa: E402
 from triton_cpu import Executor  # noqa: E402
 
-CASES = int(os.environ.get("MRA_KERNEL_CASES", "60"))
+CASES = int(os.environ.get("MRA_KERNEL_CASES", "40"))
 """Random calls per setting; a tenth of them at lengths in the thousands."""
 
 
