@@ -64,6 +64,15 @@ TextsOption = Annotated[
         show_default="help: Python's help texts",
     ),
 ]
+InputsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="A picture, or a sound (WAV), for models that take those; repeat for more.",
+        show_default="made-up ones",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Chooses the windows of the text.")]
 TaskOption = Annotated[
     list[str] | None,

@@ -10,6 +10,7 @@ from mra_cli.cli._options import (
     DeviceOption,
     DtypeOption,
     HtmlOption,
+    InputsOption,
     JsonOption,
     LayersOption,
     MethodOption,
@@ -36,6 +37,7 @@ def analyze(
     seq_len: SeqLenOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of the text.")] = 4,
     text: TextsOption = None,
+    inputs: InputsOption = None,
     task: TaskOption = None,
     forecast: Annotated[
         bool,
@@ -62,9 +64,12 @@ def analyze(
     from mra_cli.checkpoint import load_checkpoint
     from mra_cli.cli._output import Output
     from mra_cli.evaluate import make_task
+    from mra_cli.media import media_samples
     from mra_cli.methods import make_method
     from mra_cli.texts import read_texts, samples_of
 
+    if inputs and (text or seq_len):
+        raise typer.BadParameter("give files, or --text and --seq-len", param_hint="--input")
     operator = make_method(method, budgets[0], dict(chosen))
     texts = read_texts(text or [])
     out = Output(json)
@@ -76,9 +81,12 @@ def analyze(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-    windows = samples_of(
-        checkpoint, texts if text else None, seq_len=seq_len, count=samples, seed=seed
-    )
+    if inputs:
+        windows = media_samples(checkpoint, inputs)
+    else:
+        windows = samples_of(
+            checkpoint, texts if text else None, seq_len=seq_len, count=samples, seed=seed
+        )
     content = texts[0].content
     tasks = [
         make_task(spec, checkpoint, windows, content, count=samples, seed=seed)
