@@ -203,6 +203,18 @@ def test_the_keys_chosen_are_the_nearest(causal):
         assert worth[0, head][chosen].min() > worth[0, head][rest].max() - 1 / 8 - 0.2
 
 
+@pytest.mark.parametrize("impl", ["reference", pytest.param("native", marks=needs_native)])
+def test_a_key_that_is_far_out_leaves_the_others_their_levels(impl):
+    """Models park attention on a token unlike all others; the rest must still be told apart."""
+    query, key, value = make_qkv(11, 1, 2, 2, 256, 256, 16, dtype=torch.float32)
+    config = MraKeysConfig(budget=0.2, rank=16)
+    query[..., 0], key[:, :, 0] = 1, 0
+    still = mra_attention(query, key, value, config=config, impl=impl).selection.opened()
+    key[:, :, 0, 0] = -3000  # nobody looks at it
+    moved = mra_attention(query, key, value, config=config, impl=impl).selection.opened()
+    assert (moved != still)[..., 16:].double().mean() < 0.05
+
+
 def test_features_are_the_best_of_their_rank():
     """Eckart & Young: what is left is the tail of the singular values."""
     query, key, _ = make_qkv(3, 1, 2, 2, 200, 150, 12)

@@ -22,7 +22,7 @@ from mra_kernels.testing import dense_logits, dense_mra, dense_softmax, make_qkv
 from operator_cases import cases
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases())
 def test_against_the_dense_formula(case):
     query, key, value, mask, config, extras = case

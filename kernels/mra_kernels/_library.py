@@ -67,7 +67,7 @@ class ScratchStruct(Structure):
 
 class EstimateStruct(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("to_query", "to_key", "mean")),
+        *((name, c_void_p) for name in ("to_query", "to_key", "mean", "most")),
         *((name, c_int64) for name in ("wide", "fours", "padded")),
         *((name, c_void_p) for name in ("hidden", "counted", "budgets", "distances")),
         *((name, c_int64) for name in ("first_keys", "heads_at_once")),

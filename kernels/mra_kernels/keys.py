@@ -34,6 +34,10 @@ APART = 8
 _CHUNK, _CLOSE = 64, 32
 """Keys count singly in chunks of so many that hold the first key, or one so close to the block."""
 
+_MOST_MEANS = 16
+"""Features of keys are cut off at so many times their mean size, or a single key that is far out
+would leave the others no levels; few of pretrained models are."""
+
 _LEAST_UNIT = 1e-4
 """Nats that products of features count in, at least."""
 
@@ -175,11 +179,13 @@ class Directions:
     Attributes:
         to_query, to_key: Times a token they are its features, ``[B, H, D, rank]``.
         mean: Of all keys, ``[B, Hkv, 1, D]``.
+        most: Where features of keys are cut off, ``[B, H]``.
     """
 
     to_query: Tensor
     to_key: Tensor
     mean: Tensor
+    most: Tensor
 
     @classmethod
     def leading(cls, query: Tensor, key: Tensor, mask: AttentionMask, rank: int) -> Directions:
@@ -198,8 +204,9 @@ class Directions:
         if valid is None:
             valid = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
         mean = _counted_means(key, valid, key.shape[2])
-        of_queries = _second_moment(query, mask.query_valid)
-        of_keys = _second_moment(key - mean, mask.key_valid).repeat_interleave(heads // kv_heads, 1)
+        some_keys = _some(key - mean, valid)
+        of_queries = _second_moment(_some(query, mask.query_valid))
+        of_keys = _second_moment(some_keys).repeat_interleave(heads // kv_heads, 1)
         identity = torch.eye(width, dtype=query.dtype, device=query.device).expand_as(of_queries)
         to_query = to_key = identity
         if rank < width:
@@ -213,7 +220,11 @@ class Directions:
             for to, moment in ((to_query, of_queries), (to_key, of_keys))
         )
         balance = (size_k / size_q) ** 0.25
-        return cls(to_query * balance, to_key / balance, mean)
+        to_query, to_key = to_query * balance, to_key / balance
+        sizes = (some_keys[:, :, None] @ to_key.unflatten(1, (kv_heads, -1))).flatten(1, 2).abs()
+        real = (some_keys != 0).any(-1).sum(2).repeat_interleave(heads // kv_heads, 1)
+        usual = sizes.sum((2, 3)) / (real * to_key.shape[-1]).clamp(min=1)
+        return cls(to_query, to_key, mean, _MOST_MEANS * usual)
 
     def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Of queries, ``[B, H, N, rank]``, and keys, ``[B, H, M, rank]``."""
@@ -245,26 +256,32 @@ class ByteFeatures:
         scaling: float,
     ) -> ByteFeatures:
         """Features of queries ``[B, H, N, D]`` and keys ``[B, Hkv, M, D]``; padding has none."""
-        q, k = Directions.leading(query, key, mask, config.rank).features(query, key)
+        directions = Directions.leading(query, key, mask, config.rank)
+        q, k = directions.features(query, key)
         counted, _ = mask.pooled_tokens(config.rows)
         q, k = (
             x if valid is None else x * valid[:, None, :, None]
             for x, valid in ((q * scaling, counted), (k, mask.key_valid))
         )
-        step_k = k.abs().amax((2, 3)).clamp(min=1e-20) / KEY_LEVELS
+        most_k = torch.minimum(k.abs().amax((2, 3)), directions.most)
+        step_k = most_k.clamp(min=1e-20) / KEY_LEVELS
         most_q = _tiled_rows(q, config.rows, 0.0).abs().amax((3, 4))
         unit = (most_q * step_k[..., None] / QUERY_LEVELS).clamp(min=_LEAST_UNIT)
         step_q = each_row((unit / step_k[..., None])[..., None], q, config.rows)
-        return cls((q / step_q).round(), (k / step_k[..., None, None]).round(), unit)
+        levels = (k / step_k[..., None, None]).round().clamp(-KEY_LEVELS, KEY_LEVELS)
+        return cls((q / step_q).round(), levels, unit)
 
 
-def _second_moment(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean outer product of real tokens, some of them in long sequences, ``[B, H, D, D]``."""
+def _some(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Tokens spread evenly over long sequences, padding zeroed, ``[B, H, n, D]``."""
     step = -(-tokens.shape[2] // _TOKENS_FOR_FEATURES)
     some = tokens[:, :, ::step]
-    if valid is not None:
-        some = some * valid[:, None, ::step, None]
-    return some.mT @ some / some.shape[2]
+    return some if valid is None else some * valid[:, None, ::step, None]
+
+
+def _second_moment(tokens: Tensor) -> Tensor:
+    """Mean outer product, ``[B, H, D, D]``."""
+    return tokens.mT @ tokens / tokens.shape[2]
 
 
 # --- blocks of queries ------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def _choose(
         for x in (directions.to_query * rule.scaling, directions.to_key)
     )
     mean = (directions.mean.repeat_interleave(heads // key.shape[1], 1) @ to_key).contiguous()
+    most = directions.most.contiguous()
     padded = (-(-n_keys // _GROUP) | 1) * _GROUP
     hidden = None
     if mask.key_valid is not None:
@@ -129,7 +130,7 @@ def _choose(
     group = min(batch_size * heads, group)
     distances = torch.empty(group * level.rows * padded, dtype=torch.uint8)
     estimate = EstimateStruct(
-        *(x.data_ptr() for x in (to_query, to_key, mean)),
+        *(x.data_ptr() for x in (to_query, to_key, mean, most)),
         *(to_key.shape[3], -(-directions.to_key.shape[3] // 4), padded),
         None if hidden is None else hidden.data_ptr(),
         *(x.data_ptr() for x in (counted, budgets, distances)),

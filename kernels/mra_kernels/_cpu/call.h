@@ -57,6 +57,7 @@ struct Tally {  // per head
 struct Estimate {  // see Directions in keys.py; `wide` is the rank and zeros up to some lanes
   const float *to_query, *to_key;  // [batch * heads][width][wide]
   const float* mean;               // of all keys, in features [batch * heads][wide]
+  const float* most;               // where features of keys are cut off [batch * heads]
   int64_t wide, fours, padded;     // `fours` features in fours; keys are padded to `padded`
   const uint8_t* hidden;           // padding among the keys [batch][padded]; null: none
   const uint8_t* counted;          // queries that speak for their block [batch][queries]

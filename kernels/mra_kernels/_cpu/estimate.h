@@ -123,21 +123,25 @@ struct Estimator {
           most = larger(most, larger(some, -some));
         }
     }
-    float largest = 1e-20f;
+    float largest = 0;
     for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
+    largest = std::max(std::min(largest, estimate.most[head]), 1e-20f);
     KeyBytes keys = {{}, {}, estimate.padded, odd_groups(up(call.keys, APART) / APART),
                      largest / KEY_LEVELS};
     keys.all.resize(fours * keys.padded * 4);
     keys.some.resize(fours * keys.some_padded * 4);
     for (int64_t j = 0; j < call.keys; ++j)
       for (int64_t c = 0; c < fours * 4; c += LANES) {
-        const Ints whole = rounded(at(features.data() + j * wide + c) / keys.step) + KEY_ZERO;
+        const Lanes levels = at(features.data() + j * wide + c) / keys.step;
+        const Lanes least = all(-KEY_LEVELS), held = larger(-larger(-levels, least), least);
+        const Ints whole = rounded(held) + KEY_ZERO;
         uint8_t bytes[LANES];
         for (int i = 0; i < LANES; ++i) bytes[i] = static_cast<uint8_t>(whole[i]);
         for (int64_t four = c / 4; four < std::min(fours, (c + LANES) / 4); ++four) {
           std::memcpy(&keys.all[(four * keys.padded + j) * 4], bytes + four * 4 - c, 4);
           if (j % APART == 0)
-            std::memcpy(&keys.some[(four * keys.some_padded + j / APART) * 4], bytes + four * 4 - c, 4);
+            std::memcpy(&keys.some[(four * keys.some_padded + j / APART) * 4],
+                        bytes + four * 4 - c, 4);
         }
       }
     return keys;
@@ -167,11 +171,13 @@ struct Estimator {
     to.bytes.clear();
     to.zero.clear();
     for (int64_t i = first; i < end; ++i) {
-      if (!estimate.counted[b * call.queries + i] || visible(call, b, i, 0, call.keys) == 0) continue;
+      const bool counted = estimate.counted[b * call.queries + i];
+      if (!counted || visible(call, b, i, 0, call.keys) == 0) continue;
       int8_t* bytes = to.own_bytes.data() + (i - first) * wide;
       int32_t sum = 0;
       for (int64_t c = 0; c < wide; c += LANES) {
-        const Ints whole = rounded(at(to.features.data() + (i - first) * wide + c) * (key_step / to.unit));
+        const float* own = to.features.data() + (i - first) * wide + c;
+        const Ints whole = rounded(at(own) * (key_step / to.unit));
         for (int lane = 0; lane < LANES; ++lane) {
           bytes[c + lane] = static_cast<int8_t>(whole[lane]);
           sum += whole[lane];
@@ -228,13 +234,15 @@ struct Estimator {
         for (const Segment& each : segments) blank(each, segments, head, to.queries[i + r], scores);
         const float lse = log_sum(scores, segments.back().place, capacity);
         const double units = std::clamp<double>(lse / to.unit, -MOST_UNITS, MOST_UNITS);
-        to.zero[i + r] = lse == NONE ? LEAST : to.zero[i + r] - static_cast<int32_t>(std::lround(units));
+        to.zero[i + r] =
+            lse == NONE ? LEAST : to.zero[i + r] - static_cast<int32_t>(std::lround(units));
       }
     }
   }
 
   // Keys that count singly: those around the diagonal, and the first ones.
-  std::vector<Segment> close_by(const KeyBytes& keys, int64_t head, int64_t first, int64_t end) const {
+  std::vector<Segment> close_by(const KeyBytes& keys, int64_t head, int64_t first,
+                                int64_t end) const {
     const int64_t diagonal = call.keys - call.queries, all = up(call.keys, CHUNK);
     const int64_t low = std::clamp(down(first + diagonal - CLOSE, CHUNK), int64_t{0}, all);
     const int64_t high = std::clamp(up(end + diagonal + CLOSE, CHUNK), int64_t{0}, all);
@@ -253,8 +261,8 @@ struct Estimator {
   }
 
   // NONE for what a query doesn't see, and for what counts singly; bias for the rest.
-  void blank(const Segment& segment, const std::vector<Segment>& segments, int64_t head, int64_t query,
-             float* scores) const {
+  void blank(const Segment& segment, const std::vector<Segment>& segments, int64_t head,
+             int64_t query, float* scores) const {
     const int64_t b = head / call.heads, h = head % call.heads, step = segment.step;
     float* out = scores + segment.place;
     const auto none = [&](int64_t low, int64_t high) {  // keys of [low, high)
@@ -297,9 +305,10 @@ struct Estimator {
       for (size_t i = 0; i < from.queries.size(); i += ROWS) {
         Ints sums[ROWS][GROUP];
         for (int r = 0; r < ROWS; ++r)
-          for (int g = 0; g < GROUP; ++g)
-            sums[r][g] = all_ints(from.zero[i + r]) +
-                         (BIASED ? bias_in_units(head, from.queries[i + r], j + g * LANES, unit) : Ints{});
+          for (int g = 0; g < GROUP; ++g) {
+            sums[r][g] = all_ints(from.zero[i + r]);
+            if (BIASED) sums[r][g] += bias_in_units(head, from.queries[i + r], j + g * LANES, unit);
+          }
         multiply(keys.all.data(), keys.padded, j, &from.bytes[i], sums);
         for (int g = 0; g < GROUP; ++g)
           for (int r = 0; r < ROWS; ++r)
@@ -317,10 +326,11 @@ struct Estimator {
   }
 
   Ints bias_in_units(int64_t head, int64_t query, int64_t first_key, float unit) const {
+    const int64_t b = head / call.heads, h = head % call.heads;
     Ints units = {};
     for (int i = 0; i < LANES && first_key + i < call.keys; ++i) {
-      const float bias = bias_at(call.bias, head / call.heads, head % call.heads, query, first_key + i);
-      units[i] = static_cast<int32_t>(std::lround(std::clamp<double>(bias / unit, -MOST_UNITS, MOST_UNITS)));
+      const double bias = bias_at(call.bias, b, h, query, first_key + i) / unit;
+      units[i] = static_cast<int32_t>(std::lround(std::clamp(bias, -MOST_UNITS, MOST_UNITS)));
     }
     return units;
   }
