@@ -44,6 +44,9 @@ _LEAST_UNIT = 1e-4
 _TOKENS_FOR_FEATURES = 1024
 """The leading features are those of so many tokens, spread evenly over the sequence."""
 
+_FEWER = 8
+"""Every so many-th of them is enough for their mean size."""
+
 _SCORES_AT_ONCE = 1 << 22
 
 
@@ -221,8 +224,9 @@ class Directions:
         )
         balance = (size_k / size_q) ** 0.25
         to_query, to_key = to_query * balance, to_key / balance
-        sizes = (some_keys[:, :, None] @ to_key.unflatten(1, (kv_heads, -1))).flatten(1, 2).abs()
-        real = (some_keys != 0).any(-1).sum(2).repeat_interleave(heads // kv_heads, 1)
+        few = some_keys[:, :, None, ::_FEWER]
+        sizes = (few @ to_key.unflatten(1, (kv_heads, -1))).flatten(1, 2).abs()
+        real = (few != 0).any(-1).sum(3).repeat_interleave(heads // kv_heads, 1)[..., 0]
         usual = sizes.sum((2, 3)) / (real * to_key.shape[-1]).clamp(min=1)
         return cls(to_query, to_key, mean, _MOST_MEANS * usual)
 
