@@ -25,7 +25,7 @@ from mra_cli.evaluate import Judge
 from mra_cli.inputs import make_samples, probe
 from mra_cli.patching import intercepted
 from mra_cli.sites import Site, find_sites
-from mra_kernels.keys import Directions
+from mra_kernels.features import Directions
 
 
 @dataclass(frozen=True)

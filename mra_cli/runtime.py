@@ -24,6 +24,7 @@ SOURCES = (
     "mra_kernels.layout",
     "mra_kernels.selection",
     "mra_kernels.reference",
+    "mra_kernels.features",
     "mra_kernels.keys",
     "mra_cli.data.native",
     "mra_kernels.decode",

@@ -14,7 +14,7 @@ from mra_kernels import (
     implementations,
     mra_attention,
 )
-from mra_kernels.keys import Directions
+from mra_kernels.features import Directions
 from mra_kernels.testing import make_qkv
 from operator_cases import cases
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from mra_kernels.config import MraKeysConfig
+from mra_kernels.features import ByteFeatures
 from mra_kernels.masks import AttentionMask
+from mra_kernels.pyramid import counted_means, each_row, tiled_rows
 from mra_kernels.reference import SoftmaxPart, for_blind_rows
 from mra_kernels.scores import ScoreRule
 
@@ -24,28 +26,11 @@ FARTHEST = 127
 
 STEPS_PER_NAT = 8
 
-QUERY_LEVELS, KEY_LEVELS = 127, 63
-"""Features are whole numbers from minus to plus so many, so that processors multiply four of them
-at a time: products of two fit 16 bits in pairs."""
-
 APART = 8
 """Log-sum-exps take every so many-th key, for so many, but where keys count singly."""
 
 _CHUNK, _CLOSE = 64, 32
 """Keys count singly in chunks of so many that hold the first key, or one so close to the block."""
-
-_MOST_MEANS = 16
-"""Features of keys are cut off at so many times their mean size, or a single key that is far out
-would leave the others no levels; few of pretrained models are."""
-
-_LEAST_UNIT = 1e-4
-"""Nats that products of features count in, at least."""
-
-_TOKENS_FOR_FEATURES = 1024
-"""The leading features are those of so many tokens, spread evenly over the sequence."""
-
-_FEWER = 8
-"""Every so many-th of them is enough for their mean size."""
 
 _SCORES_AT_ONCE = 1 << 22
 
@@ -119,7 +104,7 @@ def keys_reference(
         tiles = slice(block.first // rows, -(-block.last // rows))
         own = q[:, :, block.first : block.last]
         fine = _opened_part(own, k, v, block, each_row(opened[:, :, tiles], own, rows), rule)
-        mean = _counted_means(own, block.counted, rows)
+        mean = counted_means(own, block.counted, rows)
         left = (block.whole[:, None] & ~opened[:, :, tiles]).expand(-1, heads, -1, -1)
         tail = _tail_part(own, mean, k, v, left, block, config, rule)
         total = fine.merge(tail)
@@ -175,119 +160,6 @@ def choose_keys(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """Features of queries and keys whose products are nearest to ``query . key``.
-
-    Attributes:
-        to_query, to_key: Times a token they are its features, ``[B, H, D, rank]``.
-        mean: Of all keys, ``[B, Hkv, 1, D]``.
-        most: Where features of keys are cut off, ``[B, H]``.
-    """
-
-    to_query: Tensor
-    to_key: Tensor
-    mean: Tensor
-    most: Tensor
-
-    @classmethod
-    def leading(cls, query: Tensor, key: Tensor, mask: AttentionMask, rank: int) -> Directions:
-        """The best approximation of that rank in the mean square over all pairs (Eckart & Young,
-        1936), by whitening with the second moment of the queries; with the rank of the head, all.
-
-        Keys count relative to their mean, which shifts all scores of a query alike. Features of
-        queries and keys are as large, so that they suffer as little where they are rounded.
-
-        Args:
-            query: ``[B, H, N, D]``.
-            key: ``[B, Hkv, M, D]``.
-        """
-        heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
-        valid = mask.key_valid
-        if valid is None:
-            valid = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
-        mean = _counted_means(key, valid, key.shape[2])
-        some_keys = _some(key - mean, valid)
-        of_queries = _second_moment(_some(query, mask.query_valid))
-        of_keys = _second_moment(some_keys).repeat_interleave(heads // kv_heads, 1)
-        identity = torch.eye(width, dtype=query.dtype, device=query.device).expand_as(of_queries)
-        to_query = to_key = identity
-        if rank < width:
-            size = of_queries.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-20)
-            lower = torch.linalg.cholesky(of_queries / size + 1e-5 * identity)
-            vectors = torch.linalg.eigh(lower.mT @ of_keys @ lower)[1][..., -rank:]
-            to_query = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
-            to_key = lower @ vectors
-        size_q, size_k = (
-            (to.mT @ moment @ to).diagonal(dim1=-2, dim2=-1)[..., None, :].clamp(min=1e-20)
-            for to, moment in ((to_query, of_queries), (to_key, of_keys))
-        )
-        balance = (size_k / size_q) ** 0.25
-        to_query, to_key = to_query * balance, to_key / balance
-        few = some_keys[:, :, None, ::_FEWER]
-        sizes = (few @ to_key.unflatten(1, (kv_heads, -1))).flatten(1, 2).abs()
-        real = (few != 0).any(-1).sum(3).repeat_interleave(heads // kv_heads, 1)[..., 0]
-        usual = sizes.sum((2, 3)) / (real * to_key.shape[-1]).clamp(min=1)
-        return cls(to_query, to_key, mean, _MOST_MEANS * usual)
-
-    def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Of queries, ``[B, H, N, rank]``, and keys, ``[B, H, M, rank]``."""
-        kv_heads = key.shape[1]
-        grouped = (key - self.mean)[:, :, None] @ self.to_key.unflatten(1, (kv_heads, -1))
-        return query @ self.to_query, grouped.flatten(1, 2)
-
-
-@dataclass(frozen=True, eq=False)
-class ByteFeatures:
-    """Leading features in bytes; products of a query's and a key's estimate their logit.
-
-    Attributes:
-        query, key: Whole numbers, ``[B, H, N, rank]`` and ``[B, H, M, rank]``.
-        unit: Nats that a product of each block's queries counts, ``[B, H, blocks]``.
-    """
-
-    query: Tensor
-    key: Tensor
-    unit: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: AttentionMask,
-        config: MraKeysConfig,
-        scaling: float,
-    ) -> ByteFeatures:
-        """Features of queries ``[B, H, N, D]`` and keys ``[B, Hkv, M, D]``; padding has none."""
-        directions = Directions.leading(query, key, mask, config.rank)
-        q, k = directions.features(query, key)
-        counted, _ = mask.pooled_tokens(config.rows)
-        q, k = (
-            x if valid is None else x * valid[:, None, :, None]
-            for x, valid in ((q * scaling, counted), (k, mask.key_valid))
-        )
-        most_k = torch.minimum(k.abs().amax((2, 3)), directions.most)
-        step_k = most_k.clamp(min=1e-20) / KEY_LEVELS
-        most_q = _tiled_rows(q, config.rows, 0.0).abs().amax((3, 4))
-        unit = (most_q * step_k[..., None] / QUERY_LEVELS).clamp(min=_LEAST_UNIT)
-        step_q = each_row((unit / step_k[..., None])[..., None], q, config.rows)
-        levels = (k / step_k[..., None, None]).round().clamp(-KEY_LEVELS, KEY_LEVELS)
-        return cls((q / step_q).round(), levels, unit)
-
-
-def _some(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """Tokens spread evenly over long sequences, padding zeroed, ``[B, H, n, D]``."""
-    step = -(-tokens.shape[2] // _TOKENS_FOR_FEATURES)
-    some = tokens[:, :, ::step]
-    return some if valid is None else some * valid[:, None, ::step, None]
-
-
-def _second_moment(tokens: Tensor) -> Tensor:
-    """Mean outer product, ``[B, H, D, D]``."""
-    return tokens.mT @ tokens / tokens.shape[2]
-
-
 # --- blocks of queries ------------------------------------------------------------------------
 
 
@@ -326,30 +198,11 @@ def _query_blocks(
         counted = torch.ones(1, last - first, dtype=torch.bool, device=visible.device)
         if valid is not None:
             counted = valid[:, first:last]
-        seen = _tiled_rows(visible, rows, False).sum(2)
-        live = _tiled_rows(visible.any(-1, keepdim=True), rows, False).sum(2)
+        seen = tiled_rows(visible, rows, False).sum(2)
+        live = tiled_rows(visible.any(-1, keepdim=True), rows, False).sum(2)
         yield _QueryBlocks(
             first, last, visible, counted, seen, live[..., 0], (seen == live) & (live > 0)
         )
-
-
-def _tiled_rows(tensor: Tensor, rows: int, fill: float) -> Tensor:
-    """``[..., n, m]`` cut into blocks of ``rows``: ``[..., blocks, rows, m]``."""
-    missing = -tensor.shape[-2] % rows
-    padded = torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=fill) if missing else tensor
-    return padded.unflatten(-2, (-1, rows))
-
-
-def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """What is said of blocks of ``rows`` tokens, for each token ``[..., N, D]``."""
-    return blocks.repeat_interleave(rows, 2)[:, :, : tokens.shape[2]]
-
-
-def _counted_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
-    """Mean of the counted tokens of each block, ``[B, H, blocks, D]``."""
-    weights = _tiled_rows(counted[:, None, :, None].to(tokens.dtype), rows, 0.0)
-    sums = (_tiled_rows(tokens, rows, 0.0) * weights).sum(3)
-    return sums / weights.sum(3).clamp(min=1)
 
 
 def _distances(
@@ -376,7 +229,7 @@ def _distances(
     speaks = block.counted[:, None, :, None] & (normaliser > -torch.inf)
     below = logits - (normaliser / each_row(unit, own, config.rows)).round()
     below = below.masked_fill(~speaks, -torch.inf)
-    nearest = _tiled_rows(below, config.rows, -torch.inf).amax(3) * unit
+    nearest = tiled_rows(below, config.rows, -torch.inf).amax(3) * unit
     steps = (-STEPS_PER_NAT * nearest.clamp(min=-FARTHEST)).floor().clamp(0, FARTHEST - 1) + 1
     keys = torch.arange(mask.n_keys, device=logits.device)
     favoured = keys < _first_key(mask, logits.device) + config.first_keys
@@ -461,7 +314,7 @@ def _tail_part(
     bias = None
     if rule.bias is not None:
         own = rule.bias[:, :, block.first : block.last]
-        bias = _counted_means(own, block.counted, config.rows)
+        bias = counted_means(own, block.counted, config.rows)
     logits = rule.logits(mean @ key.mT, bias).masked_fill(~left, -torch.inf)
     tilted = config.tail == "tilted" and rule.softcap is None
     part = _softmax_part(logits, torch.cat([value, key], -1) if tilted else value)

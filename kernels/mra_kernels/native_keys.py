@@ -20,7 +20,8 @@ from mra_kernels._library import (
     rows_of,
 )
 from mra_kernels.config import MraKeysConfig
-from mra_kernels.keys import Directions, KeyChoice
+from mra_kernels.features import Directions
+from mra_kernels.keys import KeyChoice
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
 from mra_kernels.scores import ScoreRule, block_mean

@@ -1,4 +1,4 @@
-"""Masked block means of queries, keys and values at every resolution."""
+"""Blocks of tokens: masked means at every resolution, and tokens block by block."""
 
 from __future__ import annotations
 
@@ -48,3 +48,22 @@ def take_blocks(source: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
     outer, inner = torch.broadcast_tensors(outer, inner)
     picked = source.flatten(0, 1).index_select(0, (outer * source.shape[1] + inner).flatten())
     return picked.unflatten(0, inner.shape)
+
+
+def tiled_rows(tensor: Tensor, rows: int, fill: float) -> Tensor:
+    """``[..., n, m]`` cut into blocks of ``rows``: ``[..., blocks, rows, m]``."""
+    missing = -tensor.shape[-2] % rows
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=fill) if missing else tensor
+    return padded.unflatten(-2, (-1, rows))
+
+
+def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """What is said of blocks of ``rows`` tokens, for each token ``[..., N, D]``."""
+    return blocks.repeat_interleave(rows, 2)[:, :, : tokens.shape[2]]
+
+
+def counted_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
+    """Mean of the counted tokens of each block, ``[B, H, blocks, D]``."""
+    weights = tiled_rows(counted[:, None, :, None].to(tokens.dtype), rows, 0.0)
+    sums = (tiled_rows(tokens, rows, 0.0) * weights).sum(3)
+    return sums / weights.sum(3).clamp(min=1)

@@ -54,7 +54,7 @@ struct Tally {  // per head
   int64_t exact, forced, scored, left;
 };
 
-struct Estimate {  // see Directions in keys.py; `wide` is the rank and zeros up to some lanes
+struct Estimate {  // see Directions in features.py; `wide` is the rank and zeros up to some lanes
   const float *to_query, *to_key;  // [batch * heads][width][wide]
   const float* mean;               // of all keys, in features [batch * heads][wide]
   const float* most;               // where features of keys are cut off [batch * heads]

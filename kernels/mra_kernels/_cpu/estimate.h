@@ -1,4 +1,4 @@
-// Estimated logits: from a few features of queries and keys in bytes, as keys.py says.
+// Estimated logits: from a few features of queries and keys in bytes, as features.py says.
 #pragma once
 
 #include <algorithm>
