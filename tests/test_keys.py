@@ -67,7 +67,8 @@ def by_definition(tokens, mask, config, extras, opened):
                 live = [r for r in rows if visible[b, r].any()]
                 sees = visible[b, i]
                 if not sees.any():
-                    output[b, h, i] = 0 if sinks is not None else v[valid].mean(0)
+                    mean = v[valid].sum(0) / valid.sum().clamp(min=1)
+                    output[b, h, i] = 0 if sinks is not None else mean
                     continue
                 whole = torch.stack([visible[b, r] for r in live]).all(0)
                 near = opened[b, h, tile] & sees
