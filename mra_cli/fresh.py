@@ -72,6 +72,7 @@ def answers(runs: Mapping[str, Run], *, installed: bool = False) -> dict[str, li
         (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
         script = files("mra_cli").joinpath("data/reload.py").read_text(encoding="utf-8")
         # Its own cache of modules: no code but that of the directories can run.
+        (place / "modules").mkdir()
         modules = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, "-c", script, str(place / "job.json")],

@@ -161,9 +161,14 @@ def test_patch_runs_as_shown(tmp_path, minilm, monkeypatch):
     """One command after the other, in one directory, and then the Python beside them."""
     shown = [c for c in commands() if c.split()[1] in ("patch", "verify", "run")]
     assert [c.split()[1] for c in shown] == ["patch", "verify", "run"]
-    for command in shown:
-        done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
-        assert done.returncode == 0, done.stderr
+    older = tmp_path / "older" / "transformers_modules" / "minilm_hyphen_mra"
+    older.mkdir(parents=True)  # a cache of modules on PYTHONPATH, where Python looks first
+    (older / "__init__.py").touch()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path / "older")
+        for command in shown:
+            done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
+            assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(python_blocks()[1], names)

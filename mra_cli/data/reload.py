@@ -4,14 +4,16 @@ Run by `mra_cli.fresh` in a process of its own, in which (unless the job says ot
 no mra_cli. One argument: the job, a JSON file.
 """
 
-import importlib
 import json
+import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+# transformers puts its cache of modules behind all other places, of which one that Python was told
+# of (PYTHONPATH) may hold an older cache.
+sys.path.insert(0, os.environ["HF_MODULES_CACHE"])
 if not job["installed"]:
     sys.modules["mra_cli"] = sys.modules["mra_kernels"] = None
 
@@ -31,18 +33,7 @@ def floats(output):
 def loaded(run):
     """The model, by transformers alone."""
     auto_class = getattr(transformers, run["auto_class"])
-    for wait_s in (0.05, 0.2, 1.0, None):
-        try:
-            return auto_class.from_pretrained(run["path"], **run["options"]).eval()
-        except ModuleNotFoundError:
-            # transformers has just written the modules it imports: Python misses files that come
-            # into a folder within the same tick of the file system's clock as it was last listed.
-            if wait_s is None:
-                raise
-            time.sleep(wait_s)
-            for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
-                del sys.modules[name]
-            importlib.invalidate_caches()
+    return auto_class.from_pretrained(run["path"], **run["options"]).eval()
 
 
 torch.set_num_threads(job["threads"])
