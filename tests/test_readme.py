@@ -163,7 +163,8 @@ def test_patch_runs_as_shown(tmp_path, minilm, monkeypatch):
     assert [c.split()[1] for c in shown] == ["patch", "verify", "run"]
     older = tmp_path / "older" / "transformers_modules" / "minilm_hyphen_mra"
     older.mkdir(parents=True)  # a cache of modules on PYTHONPATH, where Python looks first
-    (older / "__init__.py").touch()
+    for package in (older, older.parent):
+        (package / "__init__.py").touch()
     with monkeypatch.context() as patch:
         patch.syspath_prepend(tmp_path / "older")
         for command in shown:
