@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mra_cli.checkpoint import Checkpoint, load_checkpoint
 from mra_cli.errors import InputError
-from mra_cli.export import CARD_FILE, PLAN_FILE, read_manifest
+from mra_cli.export import CARD_FILE, PLAN_FILE
 from mra_cli.figures import Figures, measure
 from mra_cli.fresh import Run, answers
 from mra_cli.inputs import DEFAULT_TEXT_NAME, Samples, dry_run, make_samples, read_text
 from mra_cli.loading import load, plan_of
+from mra_cli.manifest import read_manifest
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
 from mra_cli.remote import CONFIG_KEY

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 
 from mra_cli import export, staging
+from mra_cli.manifest import read_manifest
 from mra_cli.methods import make_method
+from mra_cli.prepare import prepare
 
 torch.set_num_threads(1)
 source, folder, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -37,14 +39,14 @@ def hashes(path: Path) -> dict[str, str]:
 
 
 def patch(target: Path, budget: float) -> float:
-    prepared = export.prepare(str(source), method=make_method("mra", budget))
+    prepared = prepare(str(source), method=make_method("mra", budget))
     target = staging.check_target(target, force=True)
     return export.export(prepared, target, None, force=True).seconds
 
 
 def budget_of(target: Path) -> float:
     """The budget a complete checkpoint was written with; every file is as its manifest says."""
-    manifest = export.read_manifest(target)
+    manifest = read_manifest(target)
     found = hashes(target)
     assert found.pop(staging.MARK)
     assert found == {name: entry["sha256"] for name, entry in manifest["files"].items()}

@@ -19,6 +19,7 @@ from mra_cli.inputs import make_samples
 from mra_cli.methods import make_method
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
+from mra_cli.prepare import figures_of, prepare
 from mra_cli.sites import find_sites, output_tensors
 
 TWELVE_AND_MORE = [
@@ -33,7 +34,7 @@ TRUST = {"trust_remote_code": True}
 
 
 def prepared_for(path: Path, plan: Plan) -> export.Prepared:
-    return export.prepare(str(path), method=make_method("mra", 0.25), plan=plan)
+    return prepare(str(path), method=make_method("mra", 0.25), plan=plan)
 
 
 def auto_class_of(path: Path) -> str:
@@ -97,8 +98,8 @@ def tiny(tmp_path_factory) -> dict[str, Exported]:
 
 @pytest.fixture(scope="module")
 def minilm_patched(minilm, tmp_path_factory) -> Path:
-    prepared = export.prepare("demo:minilm", method=make_method("mra", 0.25))
-    figures, _ = export.figures(prepared, samples=1)
+    prepared = prepare("demo:minilm", method=make_method("mra", 0.25))
+    figures, _ = figures_of(prepared, samples=1)
     return export.export(prepared, tmp_path_factory.mktemp("minilm") / "patched", figures).path
 
 
@@ -135,7 +136,7 @@ def test_reloads_bit_identical_to_the_model_patched_in_memory(name, tiny, reload
 def test_loading_says_no_more_than_asked(tiny, tmp_path):
     """Without trust the exact model, with another implementation that one; strict says no."""
     bert = tiny["bert"]
-    plan = export.prepare(
+    plan = prepare(
         str(bert.path.with_name("bert-source")), method=make_method("mra", 0.3), layers=None
     ).plan
     prepared = prepared_for(bert.path.with_name("bert-source"), plan)
@@ -197,7 +198,7 @@ def test_load_runs_no_remote_code_and_saves_what_reloads(tiny, tmp_path, monkeyp
 @torch.no_grad()
 def test_saving_again_keeps_the_patch_and_strictness(tiny, tmp_path):
     source = tiny["bert"].path.with_name("bert-source")
-    plan = export.prepare(str(source), method=make_method("mra2", 0.3)).plan
+    plan = prepare(str(source), method=make_method("mra2", 0.3)).plan
     path = export.export(prepared_for(source, plan), tmp_path / "a", None, strict=True).path
     model = transformers.AutoModel.from_pretrained(path, **TRUST)
     model.save_pretrained(tmp_path / "b")
@@ -262,7 +263,7 @@ def test_min_length_keeps_shorter_calls_exact(tiny):
     model = mra_cli.load(bert.path, attn_implementation="sdpa").eval()
     source = str(bert.path.with_name("bert-source"))
     for length, approximates in ((72, True), (73, False)):
-        plan = export.prepare(source, method=make_method("mra", 0.25), min_length=length).plan
+        plan = prepare(source, method=make_method("mra", 0.25), min_length=length).plan
         with patched(model, plan), torch.no_grad():
             same = equal(output_tensors(model(**bert.inputs)), bert.exact)
             near = torch.allclose(model(**bert.inputs)[0], bert.exact[0], atol=1e-4)
@@ -396,4 +397,4 @@ def test_figures_are_those_of_analyze(minilm_patched, minilm):
 def test_a_plan_that_names_no_site_is_refused(tiny):
     source = str(tiny["bert"].path.with_name("bert-source"))
     with pytest.raises(InputError, match="at least one attention site"):
-        export.prepare(source, method=make_method("mra", 0.25), plan=Plan({}))
+        prepare(source, method=make_method("mra", 0.25), plan=Plan({}))

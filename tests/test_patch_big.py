@@ -17,6 +17,7 @@ from mra_cli import export, fresh
 from mra_cli.inputs import dry_run
 from mra_cli.methods import make_method
 from mra_cli.patching import patched
+from mra_cli.prepare import prepare
 from mra_cli.sites import find_sites, output_tensors, sketch_sites
 
 TRUST = {"trust_remote_code": True}
@@ -41,7 +42,7 @@ def sharded(tmp_path_factory):
     model = transformers.LlamaForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("sharded")
     model.save_pretrained(folder / "source", max_shard_size="100KB")
-    prepared = export.prepare(str(folder / "source"), method=make_method("mra", 0.25))
+    prepared = prepare(str(folder / "source"), method=make_method("mra", 0.25))
     done = export.export(prepared, folder / "patched", None)
     assert len([name for name in done.linked if name.endswith(".safetensors")]) > 2
     with patched(model, prepared.plan):
@@ -125,12 +126,13 @@ def write_llama_7b(path: Path) -> None:
 PATCH = """
 import sys, time, resource
 import transformers, mra_cli.export as export
+from mra_cli.prepare import figures_of, prepare
 from transformers import LlamaForCausalLM
 from mra_cli.methods import make_method
 from pathlib import Path
 started = time.perf_counter()
-prepared = export.prepare(sys.argv[1], method=make_method("mra", 0.25))
-figures, reason = export.figures(prepared)
+prepared = prepare(sys.argv[1], method=make_method("mra", 0.25))
+figures, reason = figures_of(prepared)
 export.export(prepared, Path(sys.argv[2]), figures, mode="link")
 seconds = time.perf_counter() - started
 print(len(prepared.plan.sites), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

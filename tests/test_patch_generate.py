@@ -19,6 +19,7 @@ from mra_cli.methods import make_method
 from mra_cli.methods.mra import Mra
 from mra_cli.patching import patched
 from mra_cli.plan import Plan
+from mra_cli.prepare import prepare
 from mra_cli.sites import find_sites
 from mra_kernels import native
 
@@ -62,7 +63,7 @@ def made(request, tmp_path_factory):
     plan = Plan.uniform(sites, make_method("mra3", budget, {"resolutions": (8, 4, 1)}))
     folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder / "source")
-    prepared = export.prepare(str(folder / "source"), method=make_method("mra", budget), plan=plan)
+    prepared = prepare(str(folder / "source"), method=make_method("mra", budget), plan=plan)
     path = export.export(prepared, folder / "patched", None).path
     loaded, whole = _load(path), architecture.inputs()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from mra_cli.methods.base import About
 from mra_cli.methods.vmean import VMean
 from mra_cli.patching import patched
 from mra_cli.plan import Plan, SitePlan
+from mra_cli.prepare import prepare
 from mra_cli.sites import find_sites, output_tensors
 
 LENGTH = 96
@@ -55,7 +56,7 @@ def test_every_method_reloads_bit_identical_without_us(tmp_path):
     with patched(model, plan.with_impl("reference")):  # what runs without our kernels
         expected = output_tensors(model(**inputs))
     model.save_pretrained(tmp_path / "source")
-    prepared = export.prepare(str(tmp_path / "source"), method=make_method("mra", 0.3), plan=plan)
+    prepared = prepare(str(tmp_path / "source"), method=make_method("mra", 0.3), plan=plan)
     done = export.export(prepared, tmp_path / "patched", None)
     run = fresh.Run(done.path, "AutoModel", inputs, {"trust_remote_code": True})
     answers = fresh.answers({"it": run})["it"]
@@ -69,11 +70,11 @@ def test_every_method_reloads_bit_identical_without_us(tmp_path):
 def test_a_plan_of_a_method_that_cannot_serve_is_refused(tmp_path):
     source = str(built("llama-gqa", tmp_path / "llama"))
     with pytest.raises(InputError, match=r"nystrom serves NS, NC attention, and .* CS; choose"):
-        export.prepare(source, method=make_method("nystrom", 0.3))
+        prepare(source, method=make_method("nystrom", 0.3))
     name = "model.layers.0.self_attn"
     plan = Plan({name: SitePlan(make_method("skein", 0.3))})
     with pytest.raises(InputError, match="skein serves NS, NC"):
-        export.prepare(source, method=make_method("mra", 0.3), plan=plan)
+        prepare(source, method=make_method("mra", 0.3), plan=plan)
 
 
 # --- methods that are calibrated on a model ------------------------------------------------------
@@ -123,11 +124,11 @@ def test_calibrations_do_not_travel_nor_meet_random_numbers(fitted, tmp_path):
     assert "calibrated for a model; time that: mra-cli bench MODEL" in found[0].refusal
     source = str(built("bert", tmp_path / "bert"))
     with pytest.raises(InputError, match="calibrated for this model"):
-        export.prepare(source, method=fitted)
-    fingerprint = export.prepare(source, method=make_method("mra", 0.3)).checkpoint.fingerprint
+        prepare(source, method=fitted)
+    fingerprint = prepare(source, method=make_method("mra", 0.3)).checkpoint.fingerprint
     mine = make_method("fitted", 0.3, {"calibration": fingerprint})
     with pytest.raises(InputError, match=r"can't carry the calibration of fitted .*; use another"):
-        export.prepare(source, method=mine)
+        prepare(source, method=mine)
 
 
 def _inputs():

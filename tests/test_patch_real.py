@@ -14,6 +14,7 @@ from mra_cli.checkpoint import load_checkpoint
 from mra_cli.inputs import default_text
 from mra_cli.methods import make_method
 from mra_cli.patching import patched
+from mra_cli.prepare import prepare
 from mra_cli.report import read_plan
 from mra_cli.sites import output_tensors
 
@@ -33,7 +34,7 @@ def cosine(a, b) -> float:
 
 @pytest.fixture(scope="module")
 def minilm_patched(minilm, tmp_path_factory) -> Path:
-    prepared = export.prepare("demo:minilm", method=make_method("mra", 0.25))
+    prepared = prepare("demo:minilm", method=make_method("mra", 0.25))
     return export.export(prepared, tmp_path_factory.mktemp("minilm") / "patched", None).path
 
 
@@ -81,7 +82,7 @@ def test_sentence_transformers_is_patched(minilm_patched, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2_patched(smollm2, tmp_path_factory) -> Path:
-    prepared = export.prepare("demo:smollm2", method=make_method("mra", 0.25))
+    prepared = prepare("demo:smollm2", method=make_method("mra", 0.25))
     return export.export(prepared, tmp_path_factory.mktemp("smollm2") / "patched", None).path
 
 

@@ -19,6 +19,7 @@ from cli_support import python
 from mra_cli import export, staging
 from mra_cli.errors import ExportError
 from mra_cli.methods import make_method
+from mra_cli.prepare import prepare
 from mra_cli.staging import sha256
 
 QUICK = ("--no-measure", "--budget", "0.5")
@@ -214,7 +215,7 @@ def test_an_entry_can_name_no_implementation_but_ours(bert, tmp_path):
     """A config that says "sdpa" must not have us registered in the place of torch's own."""
     import transformers
 
-    prepared = export.prepare(str(bert), method=make_method("mra", 0.5))
+    prepared = prepare(str(bert), method=make_method("mra", 0.5))
     out = export.export(prepared, tmp_path / "out", None).path
     config = json.loads((out / "config.json").read_text())
     for entry in ({**config["mra"], "implementation": "sdpa"}, {"plan": 1}, "mra", 7):

@@ -104,11 +104,12 @@ def patch(
         raise typer.BadParameter(f"expected one number, got {budget}", param_hint="--budget")
     chosen = parse_settings(settings or [])
     check_writable(json)
-    from mra_cli import export
     from mra_cli.cli._output import Output
+    from mra_cli.export import check_apart, export
     from mra_cli.files import locate
     from mra_cli.inputs import read_text
     from mra_cli.methods import make_method
+    from mra_cli.prepare import figures_of, prepare
     from mra_cli.report import read_plan
     from mra_cli.staging import check_target
 
@@ -120,10 +121,10 @@ def patch(
     if out is not None:
         target = check_target(out, force=force)
         if source is not None:
-            export.check_apart(source, target)
+            check_apart(source, target)
     out_ = Output(json)
     with out_.working("reading the model"):
-        prepared = export.prepare(
+        prepared = prepare(
             model,
             method=operator,
             layers=layers,
@@ -138,7 +139,7 @@ def patch(
         return
     assert target is not None
     with out_.working("measuring"):
-        figures, reason = export.figures(
+        figures, reason = figures_of(
             prepared,
             measure=measure,
             text=content,
@@ -148,7 +149,7 @@ def patch(
             seed=seed,
         )
     with out_.working("writing"):
-        done = export.export(
+        done = export(
             prepared,
             target,
             figures,
