@@ -47,8 +47,12 @@ def cases(draw):
             row[slice(0, padding) if draw(st.booleans()) else slice(m - padding, m)] = False
         mask = mask.with_padding(valid, valid if n == m else None)
     heads = kv_heads * group
+    resolutions = draw(st.sampled_from(RESOLUTIONS))
+    wider = st.sampled_from([None, 1, 2, 3]) if len(resolutions) == 2 else st.none()
+    times = draw(wider)
     config = MraAttentionConfig(
-        resolutions=draw(st.sampled_from(RESOLUTIONS)),
+        resolutions=resolutions,
+        query_rows=None if times is None else times * resolutions[0],
         budget=draw(st.sampled_from([0.01, 0.1, 0.3, 0.7, 1.0])),
         coarse=draw(st.sampled_from(["pooled", "per_query", "none"])),
         score=draw(st.sampled_from(["row", "mu"])),

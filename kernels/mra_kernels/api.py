@@ -87,6 +87,8 @@ def mra_attention(
             f"{config.grid}; make one for this config"
         )
     if config.grid is not None:
+        if isinstance(config, MraAttentionConfig) and config.block_shapes[0][0] != sides[0]:
+            sides = (config.block_shapes[0][0], *sides)
         layout = _image_layout(query, key, mask, bias, config.grid, sides)
         query, key, value = (layout.blocked(x) for x in (query, key, value))
         slots = layout.filled.numel()

@@ -36,6 +36,9 @@ class MraAttentionConfig:
             row of blocks gets its own share of the budget).
         first_blocks: Prior: this many first rows and columns of blocks go first, at every step.
         diagonal_blocks: Prior: a band of this many block diagonals goes first (1: the main one).
+        query_rows: Queries per block, a multiple of ``resolutions[0]``, which stays the number of
+            keys; None: as many. Their mean stands for all of them, and all read the same keys: 64
+            and 128 are what GPUs like. Two-level resolutions only.
         grid: Height and width in tokens of an image whose tokens are the last ``height * width``
             of the sequence. Tokens are then regrouped so that a block is a patch of the image.
 
@@ -51,6 +54,7 @@ class MraAttentionConfig:
     scope: Scope = "head"
     first_blocks: int = 0
     diagonal_blocks: int = 0
+    query_rows: int | None = None
     grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +71,12 @@ class MraAttentionConfig:
                 "blocks_per_row must be at least 1 and needs two resolutions like (32, 1); got "
                 f"blocks_per_row={self.blocks_per_row} with resolutions={sides}; use budget instead"
             )
+        rows = self.query_rows
+        if rows is not None and (rows < sides[0] or rows % sides[0] or len(sides) != 2):
+            raise ValueError(
+                "query_rows must be a multiple of the block side and needs two resolutions like "
+                f"(32, 1); got query_rows={rows} with resolutions={sides}"
+            )
         for name, kind in (("coarse", Coarse), ("score", Score), ("scope", Scope)):
             if getattr(self, name) not in get_args(kind):
                 expected = ", ".join(get_args(kind))
@@ -75,6 +85,11 @@ class MraAttentionConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         _check_grid(self.grid)
+
+    @property
+    def block_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Queries and keys per block at every step, from coarse to fine."""
+        return tuple((self.query_rows or side, side) for side in self.resolutions[:-1])
 
     def area(self, step: int) -> float:
         """Fraction of the legal entries that step ``step`` (0: the coarsest) may open.

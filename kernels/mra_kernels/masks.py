@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class BlockFacts(NamedTuple):
-    """What a mask says of blocks of one side.
+    """What a mask says of blocks of one shape.
 
     Attributes:
         n_queries, n_keys: Queries and real keys per block, int64 ``[B, blocks]``, see
@@ -193,14 +193,17 @@ class AttentionMask:
             visible = visible & self.dense[:, first:last]
         return visible
 
-    def tiles(self, batch: Tensor, row: Tensor, col: Tensor, side: int) -> Tensor:
-        """Visible entries of block pairs, bool ``[P, side, side]``.
+    def tiles(
+        self, batch: Tensor, row: Tensor, col: Tensor, side: int, query_rows: int | None = None
+    ) -> Tensor:
+        """Visible entries of block pairs, bool ``[P, query_rows, side]``.
 
         Args:
             batch, row, col: Batch index and block coordinates of each pair, int64 ``[P]``.
-            side: Rows and columns of a block. Entries beyond N or M are False.
+            side: Columns of a block. Entries beyond N or M are False.
+            query_rows: Rows of a block; None: ``side``.
         """
-        query, query_ok, start, stop = self._block_rows(batch, row, side)
+        query, query_ok, start, stop = self._block_rows(batch, row, query_rows or side)
         key = col[:, None] * side + torch.arange(side, device=col.device)
         visible = (key[:, None] >= start[..., None]) & (key[:, None] < stop[..., None])
         visible &= query_ok[..., None]
@@ -213,28 +216,38 @@ class AttentionMask:
             visible &= self.dense[of[:, None, None], query[..., None], inside[:, None]]
         return visible
 
-    def tile_row_counts(self, batch: Tensor, row: Tensor, col: Tensor, side: int) -> Tensor:
-        """Visible keys of each row of each pair, int64 ``[P, side]``. Arguments as in `tiles`."""
+    def tile_row_counts(
+        self, batch: Tensor, row: Tensor, col: Tensor, side: int, query_rows: int | None = None
+    ) -> Tensor:
+        """Visible keys of each row of each pair, int64 ``[P, query_rows]``. Arguments as in
+        `tiles`."""
         if self.dense is not None:
-            return self.tiles(batch, row, col, side).sum(-1)
-        _, inside, start, stop = self._block_rows(batch, row, side)
+            return self.tiles(batch, row, col, side, query_rows).sum(-1)
+        _, inside, start, stop = self._block_rows(batch, row, query_rows or side)
         first = (col * side)[:, None]
         low, high = torch.maximum(start, first), torch.minimum(stop, first + side)
         return self._between(low, high, batch) * inside
 
-    def tile_counts(self, batch: Tensor, row: Tensor, col: Tensor, side: int) -> Tensor:
+    def tile_counts(
+        self, batch: Tensor, row: Tensor, col: Tensor, side: int, query_rows: int | None = None
+    ) -> Tensor:
         """Visible entries of each block pair, int64 ``[P]``. Arguments as in `tiles`."""
-        step = max(1, (1 << 22) // side)  # bounds the temporary to a few tens of MB
+        step = max(1, (1 << 22) // (query_rows or side))  # bounds the temporary to a few tens of MB
         parts = [
-            self.tile_row_counts(b, r, c, side).sum(-1)
+            self.tile_row_counts(b, r, c, side, query_rows).sum(-1)
             for b, r, c in zip(batch.split(step), row.split(step), col.split(step), strict=True)
         ]
         return torch.cat(parts) if parts else batch.new_zeros(0)
 
-    def block_sizes(self, side: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    def block_sizes(
+        self, side: int, batch_size: int, query_rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Queries and real keys per block: two int64 ``[B, blocks]`` tensors.
 
         Padding queries count, unless they see nothing.
+
+        Args:
+            side, query_rows: As in `tiles`.
         """
         device = self.start.device
         queries = torch.ones(1, self.n_queries, dtype=torch.int64, device=device)
@@ -243,33 +256,34 @@ class AttentionMask:
         keys = torch.ones(1, self.n_keys, dtype=torch.int64, device=device)
         keys = keys if self.key_valid is None else self.key_valid.long()
         return (
-            _block_sum(queries, side).expand(batch_size, -1),
+            _block_sum(queries, query_rows or side).expand(batch_size, -1),
             _block_sum(keys, side).expand(batch_size, -1),
         )
 
-    def pooled_tokens(self, side: int) -> tuple[Tensor | None, Tensor | None]:
+    def pooled_tokens(self, query_rows: int) -> tuple[Tensor | None, Tensor | None]:
         """Which queries and keys count in block means, bool ``[B or 1, N]`` and ``[B or 1, M]``.
 
-        Real ones do (None: all); in blocks of ``side`` padding queries alone, all do, for want of
-        better.
+        Real ones do (None: all); in blocks of ``query_rows`` padding queries alone, all do, for
+        want of better.
         """
         queries = self.query_valid
         if queries is not None:
-            alone = self.padding_rows(side, queries.shape[0]).repeat_interleave(side, dim=1)
+            alone = self.padding_rows(query_rows, queries.shape[0])
+            alone = alone.repeat_interleave(query_rows, dim=1)
             queries = queries | alone[:, : self.n_queries]
         return queries, self.key_valid
 
-    def padding_rows(self, side: int, batch_size: int) -> Tensor:
+    def padding_rows(self, query_rows: int, batch_size: int) -> Tensor:
         """Rows of blocks without a single real query, bool ``[B, blocks]``."""
         if self.query_valid is None:
-            shape = (batch_size, -(-self.n_queries // side))
+            shape = (batch_size, -(-self.n_queries // query_rows))
             return torch.zeros(shape, dtype=torch.bool, device=self.start.device)
-        return _block_sum(self.query_valid.long(), side) == 0
+        return _block_sum(self.query_valid.long(), query_rows) == 0
 
-    def block_row_entries(self, side: int, batch_size: int) -> Tensor:
+    def block_row_entries(self, query_rows: int, batch_size: int) -> Tensor:
         """Legal entries of each row of blocks, int64 ``[B, blocks]``."""
         legal = self.legal_per_row().expand(batch_size, -1)
-        return _block_sum(legal, side)
+        return _block_sum(legal, query_rows)
 
     @cached_property
     def real_before(self) -> Tensor | None:
@@ -278,29 +292,30 @@ class AttentionMask:
             return None
         return torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
 
-    def blocks(self, side: int, batch_size: int) -> BlockFacts:
-        """All that a block side and the mask say of each other; kept for the next call."""
-        kept: dict[tuple[int, int], BlockFacts] = self.__dict__.setdefault("_blocks", {})
-        if (side, batch_size) not in kept:
-            n_queries, n_keys = self.block_sizes(side, batch_size)
-            padding = self.padding_rows(side, batch_size)
-            kept[side, batch_size] = BlockFacts(
+    def blocks(self, side: int, batch_size: int, query_rows: int | None = None) -> BlockFacts:
+        """All that a block shape and the mask say of each other; kept for the next call."""
+        rows = query_rows or side
+        kept: dict[tuple[int, int, int], BlockFacts] = self.__dict__.setdefault("_blocks", {})
+        if (side, rows, batch_size) not in kept:
+            n_queries, n_keys = self.block_sizes(side, batch_size, rows)
+            padding = self.padding_rows(rows, batch_size)
+            kept[side, rows, batch_size] = BlockFacts(
                 n_queries.contiguous(),
                 n_keys.contiguous(),
                 n_keys.float().log(),
-                self.block_row_entries(side, batch_size).contiguous(),
+                self.block_row_entries(rows, batch_size).contiguous(),
                 padding.contiguous(),
                 (~padding).int().argmax(1),
                 (n_keys > 0).int().argmax(1),
             )
-        return kept[side, batch_size]
+        return kept[side, rows, batch_size]
 
     # --- helpers ------------------------------------------------------------------------------
 
     def _block_rows(
-        self, batch: Tensor, row: Tensor, side: int
+        self, batch: Tensor, row: Tensor, rows: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        query = row[:, None] * side + torch.arange(side, device=row.device)
+        query = row[:, None] * rows + torch.arange(rows, device=row.device)
         inside = query < self.n_queries
         query = query.clamp(max=self.n_queries - 1)
         of = _index(batch, self.start.shape[0])[:, None]

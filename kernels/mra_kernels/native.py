@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from ctypes import byref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,29 +108,31 @@ def mra_native(
     keep: list[Any] = [q, k, v, output, lse, rule]  # what the pointers below point to
     call = call_of(q, k, v, output, lse, mask, rule, sinks, keep)
 
-    sides = config.resolutions[:-1]
-    valid_q, valid_k = mask.pooled_tokens(sides[0])
-    pooled_q = block_means(q, valid_q, sides)
+    shapes, sides = config.block_shapes, config.resolutions[:-1]
+    valid_q, valid_k = mask.pooled_tokens(shapes[0][0])
+    pooled_q = block_means(q, valid_q, tuple(query_rows for query_rows, _ in shapes))
     if pyramid is not None:
         pooled_k, pooled_v = pyramid.blocks(k.shape[2])
     else:
         pooled_k = block_means(k, valid_k, sides)
         pooled_v = pooled_k if config.coarse == "none" else block_means(v, valid_k, sides)
-    opened, left, largest, levels = [], [], 0, (LevelStruct * len(sides))()
-    for step, side in enumerate(sides):
-        rows, cols = pooled_q[side].shape[2], pooled_k[side].shape[2]
+    opened, left, largest, levels = [], [], 0, (LevelStruct * len(shapes))()
+    for step, (query_rows, side) in enumerate(shapes):
+        rows, cols = pooled_q[query_rows].shape[2], pooled_k[side].shape[2]
         bits = q.new_zeros((2, batch_size * heads, rows, -(-cols // 64)), dtype=torch.int64)
         opened.append(bits[0])
         left.append(bits[1])
-        tokens = pooled_q[side], pooled_k[side], pooled_v[side]
-        levels[step] = _level(side, tokens, bits, mask, rule, config, batch_size, keep)
+        tokens = pooled_q[query_rows], pooled_k[side], pooled_v[side]
+        levels[step] = _level(
+            (query_rows, side), tokens, bits, mask, rule, config, batch_size, keep
+        )
         levels[step].area = config.area(step)
         if config.coarse == "pooled":
             parts = q.new_empty(batch_size * heads, rows, v.shape[3] + 2)
             levels[step].parts = parts.data_ptr()
             keep.append(parts)
         largest = max(largest, rows * cols)
-    padding = mask.blocks(sides[0], batch_size).padding
+    padding = mask.blocks(sides[0], batch_size, shapes[0][0]).padding
     choice = ChoiceStruct(
         config.score == "row",
         config.scope == "row",
@@ -146,14 +149,14 @@ def mra_native(
     scratch = ScratchStruct(offers.data_ptr(), group)
     tally = q.new_zeros((batch_size * heads, 4), dtype=torch.int64)
     library().mra_select(
-        byref(call), levels, len(sides), byref(choice), byref(scratch), tally.data_ptr()
+        byref(call), levels, len(shapes), byref(choice), byref(scratch), tally.data_ptr()
     )
-    library().mra_attend(byref(call), levels, len(sides), _COARSE[config.coarse])
+    library().mra_attend(byref(call), levels, len(shapes), _COARSE[config.coarse])
     output = for_blind_rows(output, v, mask, sinks)
 
     def figures() -> tuple[Tensor, Tensor, int]:
         exact, forced, scored, kept = tally.unbind(1)
-        real = ~padding.repeat_interleave(sides[0], dim=1)[:, :n_queries]
+        real = ~padding.repeat_interleave(shapes[0][0], dim=1)[:, :n_queries]
         total = (mask.legal_per_row() * real).sum(1).clamp(min=1)[:, None]
         dots = int(scored.sum()) + int(exact.sum())
         if config.coarse == "per_query":
@@ -162,32 +165,38 @@ def mra_native(
 
     def pairs(first: int | None) -> tuple[BlockPairs, tuple[BlockPairs, ...]]:
         def listed(step: int, bits: Tensor) -> BlockPairs:
-            side = sides[step]
-            queries, keys = pooled_q[side], pooled_k[side]
+            query_rows, side = shapes[step]
+            queries, keys = pooled_q[query_rows], pooled_k[side]
             if first is not None:  # heads that share keys, together
                 bits = bits.unflatten(0, (batch_size, heads))[:, :first].flatten(0, 1)
                 queries = queries[:, :first]
                 keys = keys[:, : max(1, first * keys.shape[1] // heads)]
-            return _listed(bits, queries, keys, side, mask, rule)
+            return _listed(bits, queries, keys, shapes[step], mask, rule)
 
-        coarse = () if config.coarse == "none" else map(listed, range(len(sides)), left)
-        return listed(len(sides) - 1, opened[-1]), tuple(coarse)
+        coarse = () if config.coarse == "none" else map(listed, range(len(shapes)), left)
+        return listed(len(shapes) - 1, opened[-1]), tuple(coarse)
 
     return output.to(value.dtype), lse, Selection(figures, pairs)
 
 
 def _listed(
-    bits: Tensor, queries: Tensor, keys: Tensor, side: int, mask: AttentionMask, rule: ScoreRule
+    bits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    shape: tuple[int, int],
+    mask: AttentionMask,
+    rule: ScoreRule,
 ) -> BlockPairs:
     """The pairs whose bit is set."""
+    query_rows, side = shape
     head, row, col = bits_of(bits).nonzero(as_tuple=True)
-    legal = mask.tile_counts(head // queries.shape[1], row, col, side)
-    pairs = BlockPairs(side, head, row, col, legal, queries.new_empty(0))
-    return BlockPairs(side, head, row, col, legal, pair_logits(pairs, queries, keys, mask, rule))
+    legal = mask.tile_counts(head // queries.shape[1], row, col, side, query_rows)
+    pairs = BlockPairs(query_rows, side, head, row, col, legal, queries.new_empty(0))
+    return replace(pairs, logit=pair_logits(pairs, queries, keys, mask, rule))
 
 
 def _level(
-    side: int,
+    shape: tuple[int, int],
     tokens: tuple[Tensor, Tensor, Tensor],
     bits: Tensor,
     mask: AttentionMask,
@@ -196,14 +205,14 @@ def _level(
     batch_size: int,
     keep: list[Any],
 ) -> LevelStruct:
-    facts = mask.blocks(side, batch_size)
-    pair_bias = rule.block_bias(mask, side, per_query=False)
-    per_query = config.coarse == "per_query"
-    query_bias = rule.block_bias(mask, side, per_query=True) if per_query else None
+    query_rows, side = shape
+    facts = mask.blocks(side, batch_size, query_rows)
+    pair_bias = rule.block_bias(mask, side, query_rows)
+    query_bias = rule.block_bias(mask, side) if config.coarse == "per_query" else None
     keep += [tokens, bits, pair_bias, query_bias]
     described = (facts.n_queries, facts.n_keys, facts.entries, facts.log_keys)
     return LevelStruct(
-        side,
+        query_rows,
         side,
         tokens[0].shape[2],
         tokens[1].shape[2],

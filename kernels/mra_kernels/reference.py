@@ -62,7 +62,7 @@ class _Operands:
     """Inputs cut into blocks, flattened over batch and heads.
 
     Attributes:
-        query: Tiles of ``group`` query blocks, ``[B * H, tile rows, group * side, D]``.
+        query: Tiles of ``group`` query blocks, ``[B * H, tiles, group * query_rows, D]``.
         key, value: Blocks of ``side`` keys, ``[B * Hkv, cols, side, D]`` and ``[..., Dv]``.
         group: Query blocks per tile: small blocks share one matrix product.
         heads, per_kv: Query heads, and how many of them share a key head.
@@ -104,28 +104,29 @@ def mra_reference(
     """
     batch_size, heads, n_queries, _ = query.shape
     dtype = query.dtype if query.dtype == torch.float64 else torch.float32
-    coarsest = config.resolutions[0]
-    q, k, v = (pad_blocks(x.to(dtype), coarsest) for x in (query, key, value))
+    query_rows, coarsest = config.block_shapes[0]
+    q = pad_blocks(query.to(dtype), query_rows)
+    k, v = (pad_blocks(x.to(dtype), coarsest) for x in (key, value))
     query_valid, key_valid = (
         _padded(valid, length, x)
         for valid, length, x in zip(
-            mask.pooled_tokens(coarsest), (n_queries, key.shape[2]), (q, k), strict=True
+            mask.pooled_tokens(query_rows), (n_queries, key.shape[2]), (q, k), strict=True
         )
     )
-    pooled_q = block_pyramid(q, query_valid, config.resolutions)
+    pooled_q = block_pyramid(q, query_valid, tuple(rows for rows, _ in config.block_shapes))
     pooled_k = block_pyramid(k, key_valid, config.resolutions)
     if selection is None:
         selection = select_blocks(pooled_q, pooled_k, mask, config, rule)
     else:
         selection = selection.rescored(pooled_q, pooled_k, mask, rule)
 
-    def cut(side: int) -> _Operands:
-        group = math.gcd(coarsest // side, max(1, _TILE_ROWS // side))
-        tiles = q.unflatten(2, (-1, group * side)).flatten(0, 1)
-        keys, values = (x.unflatten(2, (-1, side)).flatten(0, 1) for x in (k, v))
+    def cut(pairs: BlockPairs) -> _Operands:
+        group = math.gcd(query_rows // pairs.query_rows, max(1, _TILE_ROWS // pairs.query_rows))
+        tiles = q.unflatten(2, (-1, group * pairs.query_rows)).flatten(0, 1)
+        keys, values = (x.unflatten(2, (-1, pairs.side)).flatten(0, 1) for x in (k, v))
         return _Operands(tiles, keys, values, group, heads, heads // key.shape[1])
 
-    fine = _exact_part(cut(selection.fine.side), selection.fine, mask, rule).flat()
+    fine = _exact_part(cut(selection.fine), selection.fine, mask, rule).flat()
     total = fine
     if selection.coarse:
         pooled_v = block_pyramid(v, key_valid, config.resolutions)
@@ -133,7 +134,7 @@ def mra_reference(
         _, counts = mask.block_sizes(pairs.side, batch_size)
         means = pooled_k[pairs.side].flatten(0, 1), pooled_v[pairs.side].flatten(0, 1)
         per_query = config.coarse == "per_query"
-        part = _coarse_part(cut(pairs.side), pairs, *means, counts, mask, rule, per_query)
+        part = _coarse_part(cut(pairs), pairs, *means, counts, mask, rule, per_query)
         total = total.merge(part.flat())
     total = _with_sinks(total, sinks, heads, batch_size)
 
@@ -150,11 +151,11 @@ def _exact_part(
     ops: _Operands, pairs: BlockPairs, mask: AttentionMask, rule: ScoreRule
 ) -> SoftmaxPart:
     """Softmax over the entries of ``pairs``."""
-    side, group = pairs.side, ops.group
+    rows, side, group = pairs.query_rows, pairs.side, ops.group
     inner = torch.arange(side, device=pairs.head.device)
     done = _Rows(ops)
-    cut = _append(pairs.legal < side * side, False)
-    for row, col, member, chosen in _tile_lists(ops, pairs, side * max(side, ops.key.shape[-1])):
+    cut = _append(pairs.legal < rows * side, False)
+    for row, col, member, chosen in _tile_lists(ops, pairs, side * max(rows, ops.key.shape[-1])):
         head, tile = row // ops.query.shape[1], row % ops.query.shape[1]
         batch, kv = head // ops.heads, (head // ops.per_kv)[:, None]
         dots = take_blocks(ops.query, head, tile) @ take_blocks(ops.key, kv, col).flatten(
@@ -167,12 +168,12 @@ def _exact_part(
             bias = gather_bias(
                 rule.bias, batch[:, None, None], (head % ops.heads)[:, None, None], *where
             )
-        visible = chosen.transpose(1, 2)[:, :, None, :, None].expand(-1, -1, side, -1, side)
+        visible = chosen.transpose(1, 2)[:, :, None, :, None].expand(-1, -1, rows, -1, side)
         at, place, sub = (cut[member] & chosen).nonzero(as_tuple=True)
         if len(at):
             visible = visible.clone()
             visible[at, sub, :, place] = mask.tiles(
-                batch[at], tile[at] * group + sub, col[at, place], side
+                batch[at], tile[at] * group + sub, col[at, place], side, rows
             )
         logits = rule.logits(dots, bias).masked_fill(~visible.reshape(dots.shape), -torch.inf)
         done.add(row, logits, take_blocks(ops.value, kv, col).flatten(1, 2))
@@ -190,11 +191,11 @@ def _coarse_part(
     per_query: bool,
 ) -> SoftmaxPart:
     """Softmax over ``pairs`` at one pooled score per block, or per query row and block."""
-    side = pairs.side
-    bias = rule.block_bias(mask, side, per_query=True) if per_query else None
+    bias = rule.block_bias(mask, pairs.side) if per_query else None
     pooled = _append(pairs.logit, -torch.inf)
     done = _Rows(ops)
-    for row, col, member, chosen in _tile_lists(ops, pairs, max(side, ops.key.shape[-1])):
+    widest = max(pairs.query_rows, ops.key.shape[-1])
+    for row, col, member, chosen in _tile_lists(ops, pairs, widest):
         head, tile = row // ops.query.shape[1], row % ops.query.shape[1]
         batch, kv = head // ops.heads, (head // ops.per_kv)[:, None]
         if per_query:
@@ -208,7 +209,7 @@ def _coarse_part(
                 _query_places(ops, tile, mask)[:, :, None],
                 col[:, None],
             )
-            visible = chosen.transpose(1, 2).repeat_interleave(side, dim=1)
+            visible = chosen.transpose(1, 2).repeat_interleave(pairs.query_rows, dim=1)
             logits = rule.logits(dots, own).masked_fill(~visible, -torch.inf)
         else:
             logits = pooled[member].transpose(1, 2)

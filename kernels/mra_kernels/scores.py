@@ -31,16 +31,19 @@ class ScoreRule:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if bias is None else logits + bias
 
-    def block_bias(self, mask: AttentionMask, side: int, *, per_query: bool) -> Tensor | None:
-        """Mean of the bias over the real keys of each key block and, unless ``per_query``, over
-        the queries of each query block: ``[B or 1, H or 1, N or blocks, key blocks]``.
+    def block_bias(
+        self, mask: AttentionMask, side: int, query_rows: int | None = None
+    ) -> Tensor | None:
+        """Mean of the bias over the real keys of each block of ``side`` and, unless ``query_rows``
+        is None, over the queries of each block of so many:
+        ``[B or 1, H or 1, N or blocks, key blocks]``.
         """
         if self.bias is None:
             return None
         bias = block_mean(self.bias, mask.key_valid, side)
-        if per_query:
+        if query_rows is None:
             return bias
-        return block_mean(bias.transpose(2, 3), None, side).transpose(2, 3)
+        return block_mean(bias.transpose(2, 3), None, query_rows).transpose(2, 3)
 
 
 def block_mean(values: Tensor, valid: Tensor | None, side: int) -> Tensor:

@@ -31,13 +31,14 @@ class BlockPairs:
     """Pairs of a query block and a key block, sorted by head, then row, then column.
 
     Attributes:
-        side: Tokens per block, on both sides.
+        query_rows, side: Queries and keys per block.
         head: Batch index times query heads plus query head, int64 ``[P]``.
         row, col: Query block and key block, int64 ``[P]``.
         legal: Unmasked entries, int64 ``[P]``.
         logit: Pooled score with scaling, soft-cap and bias applied, ``[P]``; differentiable.
     """
 
+    query_rows: int
     side: int
     head: Tensor
     row: Tensor
@@ -51,7 +52,7 @@ class BlockPairs:
     def take(self, index: Tensor) -> BlockPairs:
         """The pairs at ``index`` (positions, or a boolean choice)."""
         parts = (self.head, self.row, self.col, self.legal, self.logit)
-        return BlockPairs(self.side, *(part[index] for part in parts))
+        return BlockPairs(self.query_rows, self.side, *(part[index] for part in parts))
 
     def of_first_heads(self, first: int, heads: int) -> BlockPairs:
         """The pairs of the ``first`` of ``heads`` heads of each batch entry, numbered as if there
@@ -121,8 +122,11 @@ class Selection:
     ) -> Selection:
         """The same blocks with the scores of other tokens. Arguments as in `select_blocks`."""
         fine, coarse = (
-            [replace(p, logit=pair_logits(p, queries[p.side], keys[p.side], mask, rule)) for p in g]
-            for g in ([self.fine], self.coarse)
+            [
+                replace(p, logit=pair_logits(p, queries[p.query_rows], keys[p.side], mask, rule))
+                for p in group
+            ]
+            for group in ([self.fine], self.coarse)
         )
         return replace(self, pairs=lambda _: (fine[0], tuple(coarse)))
 
@@ -137,32 +141,33 @@ def select_blocks(
     """Choose the block pairs to compute exactly. Deterministic: ties go to the lower index.
 
     Args:
-        queries: Pooled queries per side, ``[B, H, N / side, D]``.
-        keys: Pooled keys per side, ``[B, Hkv, M / side, D]``.
+        queries: Pooled queries by rows of a block, ``[B, H, N / rows, D]``.
+        keys: Pooled keys by side of a block, ``[B, Hkv, M / side, D]``.
         mask: Who may see whom.
         config: Resolutions, budget, priors, ranking.
         rule: Turns dot products of pooled vectors into logits.
     """
-    sides = config.resolutions[:-1]
-    batch_size, heads = queries[sides[0]].shape[:2]
-    padding = mask.padding_rows(sides[0], batch_size)
+    shapes = config.block_shapes
+    rows = shapes[0][0]
+    batch_size, heads = queries[rows].shape[:2]
+    padding = mask.padding_rows(rows, batch_size)
 
     def per_head(pairs: BlockPairs, entries: Tensor) -> Tensor:
-        real = ~padding[pairs.head // heads, pairs.row * pairs.side // sides[0]]
+        real = ~padding[pairs.head // heads, pairs.row * pairs.query_rows // rows]
         zeros = torch.zeros(batch_size * heads, dtype=torch.int64, device=entries.device)
         return zeros.index_add(0, pairs.head, entries * real)
 
-    pairs = _coarsest(queries[sides[0]], keys[sides[0]], mask, rule, sides[0])
+    pairs = _coarsest(queries, keys, mask, rule, *shapes[0])
     total = per_head(pairs, pairs.legal)
     coarse = []
     dots = len(pairs)
-    for step, side in enumerate(sides):
-        n_queries, n_keys = mask.block_sizes(side, batch_size)
+    for step, (query_rows, side) in enumerate(shapes):
+        n_queries, n_keys = mask.block_sizes(side, batch_size, query_rows)
         batch = pairs.head // heads
         cut = pairs.legal < n_queries[batch, pairs.row] * n_keys[batch, pairs.col]
         rank = 2 * cut + _favoured(pairs, mask, config, heads, batch_size)
         # Padding rows get their share of the budget apart, so as not to compete with real ones.
-        apart = padding.repeat_interleave(sides[0] // side, dim=1)
+        apart = padding.repeat_interleave(rows // query_rows, dim=1)
         opened = _open(pairs, rank, mask, config, step, apart, heads) | cut
         forced = cut
         if config.coarse == "none":
@@ -172,14 +177,14 @@ def select_blocks(
             coarse.append(pairs.take(~opened))
         forced_entries = per_head(pairs, pairs.legal * forced)
         pairs, cut = pairs.take(opened), cut[opened]
-        if step + 1 < len(sides):
-            finer = sides[step + 1]
+        if step + 1 < len(shapes):
+            finer = shapes[step + 1][1]
             pairs = _children(pairs, cut, queries[finer], keys[finer], mask, rule, finer)
             dots += len(pairs)
     exact = per_head(pairs, pairs.legal)
     dots += int(exact.sum())
     if config.coarse == "per_query":
-        dots += sum(len(level) * level.side for level in coarse)
+        dots += sum(len(level) * level.query_rows for level in coarse)
     density = (exact / total.clamp(min=1)).view(batch_size, heads)
     forced_density = (forced_entries / total.clamp(min=1)).view(batch_size, heads)
 
@@ -195,9 +200,9 @@ def select_blocks(
 def pair_logits(
     pairs: BlockPairs, queries: Tensor, keys: Tensor, mask: AttentionMask, rule: ScoreRule
 ) -> Tensor:
-    """Pooled score of each pair, ``[P]``, from the pooled tokens of its side."""
+    """Pooled score of each pair, ``[P]``, from the pooled tokens of its blocks."""
     heads, per_kv = queries.shape[1], queries.shape[1] // keys.shape[1]
-    bias = rule.block_bias(mask, pairs.side, per_query=False)
+    bias = rule.block_bias(mask, pairs.side, pairs.query_rows)
     logits = []
     for place in torch.arange(len(pairs), device=pairs.head.device).split(_PAIRS_AT_ONCE):
         head, row, col = pairs.head[place], pairs.row[place], pairs.col[place]
@@ -209,20 +214,27 @@ def pair_logits(
 
 
 def _coarsest(
-    queries: Tensor, keys: Tensor, mask: AttentionMask, rule: ScoreRule, side: int
+    queries: dict[int, Tensor],
+    keys: dict[int, Tensor],
+    mask: AttentionMask,
+    rule: ScoreRule,
+    query_rows: int,
+    side: int,
 ) -> BlockPairs:
     """All pairs at the coarsest resolution that hold a legal entry."""
-    (batch_size, heads, n_rows, _), (_, kv_heads, n_cols, _) = queries.shape, keys.shape
-    device = queries.device
-    dots = queries.unflatten(1, (kv_heads, -1)) @ keys[:, :, None].transpose(-1, -2)
-    bias = rule.block_bias(mask, side, per_query=False)
+    q, k = queries[query_rows], keys[side]
+    (batch_size, heads, n_rows, _), (_, kv_heads, n_cols, _) = q.shape, k.shape
+    device = q.device
+    dots = q.unflatten(1, (kv_heads, -1)) @ k[:, :, None].transpose(-1, -2)
+    bias = rule.block_bias(mask, side, query_rows)
     logits = rule.logits(dots.flatten(1, 2), bias)
     index = torch.arange(batch_size * n_rows * n_cols, device=device)
     batch, place = index // (n_rows * n_cols), index % (n_rows * n_cols)
-    legal = mask.tile_counts(batch, place // n_cols, place % n_cols, side)
+    legal = mask.tile_counts(batch, place // n_cols, place % n_cols, side, query_rows)
     legal = legal.view(batch_size, 1, n_rows, n_cols).expand(-1, heads, -1, -1)
     b, h, row, col = legal.nonzero(as_tuple=True)
-    return BlockPairs(side, b * heads + h, row, col, legal[b, h, row, col], logits[b, h, row, col])
+    chosen = legal[b, h, row, col], logits[b, h, row, col]
+    return BlockPairs(query_rows, side, b * heads + h, row, col, *chosen)
 
 
 def _children(
@@ -234,7 +246,7 @@ def _children(
     rule: ScoreRule,
     side: int,
 ) -> BlockPairs:
-    """The pairs of ``side`` inside ``parents`` that hold a legal entry, scored.
+    """The square pairs of ``side`` inside square ``parents`` that hold a legal entry, scored.
 
     ``cut`` says which parents the mask cuts through; children of the others are whole.
     """
@@ -267,9 +279,9 @@ def _children(
 
     head, row, col, legal = (x.reshape(-1)[order] for x in (head, row, col, legal))
     dots = (q @ k.transpose(-1, -2)).flatten()[order]
-    bias = rule.block_bias(mask, side, per_query=False)
+    bias = rule.block_bias(mask, side, side)
     logits = rule.logits(dots, gather_bias(bias, head // heads, head % heads, row, col))
-    return BlockPairs(side, head, row, col, legal, logits)
+    return BlockPairs(side, side, head, row, col, legal, logits)
 
 
 def _whole_sizes(
@@ -289,19 +301,21 @@ def _favoured(
 ) -> Tensor:
     """Pairs the configured priors put first, at every step in blocks of that step."""
     favoured = torch.zeros_like(pairs.legal, dtype=torch.bool)
-    batch = pairs.head // heads
+    batch, rows, side = pairs.head // heads, pairs.query_rows, pairs.side
     if config.first_blocks:
         # Left padding moves the 'first' block to the first one that holds a real token.
-        _, real_keys = mask.block_sizes(pairs.side, batch_size)
-        first_row = (~mask.padding_rows(pairs.side, batch_size)).int().argmax(1)[batch]
+        _, real_keys = mask.block_sizes(side, batch_size)
+        first_row = (~mask.padding_rows(rows, batch_size)).int().argmax(1)[batch]
         first_col = (real_keys > 0).int().argmax(1)[batch]
         # With a cache, rows count on from where it ends.
-        earlier = mask.query_offset // pairs.side
+        earlier = mask.query_offset // rows
         favoured |= pairs.row + earlier < first_row + config.first_blocks
         favoured |= pairs.col < first_col + config.first_blocks
     if config.diagonal_blocks:
-        own = (pairs.row * pairs.side + mask.query_offset) // pairs.side
-        favoured |= (pairs.col - own).abs() <= config.diagonal_blocks // 2
+        # The diagonal runs through as many blocks of a row as are as wide as it is high.
+        own = (pairs.row * rows + mask.query_offset) // side
+        reach = config.diagonal_blocks // 2
+        favoured |= (pairs.col >= own - reach) & (pairs.col < own + rows // side + reach)
     return favoured
 
 
@@ -318,7 +332,7 @@ def _open(
 
     A segment is a head, in two parts (real rows and padding rows), or a row of blocks.
     """
-    legal = mask.block_row_entries(pairs.side, padding.shape[0])
+    legal = mask.block_row_entries(pairs.query_rows, padding.shape[0])
     padding = padding[:, : legal.shape[1]].repeat_interleave(heads, dim=0)
     legal = legal.repeat_interleave(heads, dim=0)
     row = pairs.head * legal.shape[1] + pairs.row
@@ -366,16 +380,16 @@ def _affordable(score: Tensor, cost: Tensor, segment: Tensor, budget: Tensor) ->
 
 def _rescue(pairs: BlockPairs, opened: Tensor, mask: AttentionMask, heads: int) -> Tensor:
     """The best unopened pair of each row of blocks in which some row would see no key at all."""
-    batch = pairs.head // heads
-    n_rows = -(-mask.n_queries // pairs.side)
+    batch, shape = pairs.head // heads, (pairs.side, pairs.query_rows)
+    n_rows = -(-mask.n_queries // pairs.query_rows)
     row = pairs.head * n_rows + pairs.row
     size = (int(pairs.head.max()) + 1) * n_rows if len(pairs) else 0
-    seen = torch.zeros(size, pairs.side, dtype=torch.int64, device=row.device)
+    seen = torch.zeros(size, pairs.query_rows, dtype=torch.int64, device=row.device)
     chosen = opened.nonzero()[:, 0]
-    counts = mask.tile_row_counts(batch[chosen], pairs.row[chosen], pairs.col[chosen], pairs.side)
+    counts = mask.tile_row_counts(batch[chosen], pairs.row[chosen], pairs.col[chosen], *shape)
     seen.index_add_(0, row[chosen], counts)
     left = (~opened).nonzero()[:, 0]
-    counts = mask.tile_row_counts(batch[left], pairs.row[left], pairs.col[left], pairs.side)
+    counts = mask.tile_row_counts(batch[left], pairs.row[left], pairs.col[left], *shape)
     useful = left[((counts > 0) & (seen[row[left]] == 0)).any(1)]
     score = pairs.logit.detach()[useful]
     order = score.argsort(descending=True, stable=True)

@@ -94,14 +94,14 @@ def dense_mra(
             pairs.head.tolist(), pairs.row.tolist(), pairs.col.tolist(), strict=True
         ):
             b, h = divmod(flat, heads)
-            i = torch.arange(row * pairs.side, min((row + 1) * pairs.side, n))
+            i = torch.arange(row * pairs.query_rows, min((row + 1) * pairs.query_rows, n))
             j = torch.arange(col * pairs.side, min((col + 1) * pairs.side, m))
             covered[b, h, i[:, None], j] += 1
             if exact:
                 out[b, h, i[:, None], j] = logits[b, h, i[:, None], j]
                 continue
-            coarsest = config.resolutions[0]
-            start = row * pairs.side // coarsest * coarsest
+            coarsest = config.query_rows or config.resolutions[0]
+            start = row * pairs.query_rows // coarsest * coarsest
             whole = torch.arange(start, min(start + coarsest, n))
             alone = not query_ok[b, whole].any()
             real_i, real_j = i if alone else i[query_ok[b, i]], j[key_ok[b, j]]

@@ -141,7 +141,7 @@ class MraFamily(ABC):
 
 @dataclass(frozen=True)
 class Mra(MraFamily):
-    """Square blocks at several resolutions: ``mra2`` and ``mra2s`` are the paper's."""
+    """Blocks at several resolutions: ``mra2`` and ``mra2s`` are the paper's."""
 
     config: MraAttentionConfig
     impl: Impl = "auto"
@@ -155,11 +155,11 @@ class Mra(MraFamily):
         """Why this call is better left exact (or has to be); None if it need not."""
         if call.mask is None:
             return "its heads have different masks"
-        least = 2 * self.config.resolutions[0]
-        if call.n_queries < least:
-            return self._reason_against_decoding(call, least)
-        if call.n_keys < least:
-            return f"{call.n_keys} keys are less than two blocks ({least})"
+        queries, keys = (2 * length for length in self.config.block_shapes[0])
+        if call.n_queries < queries:
+            return self._reason_against_decoding(call, queries)
+        if call.n_keys < keys:
+            return f"{call.n_keys} keys are less than two blocks ({keys})"
         return None
 
     def _reason_against_decoding(self, call: AttentionCall, least: int) -> str | None:
@@ -187,7 +187,7 @@ class Mra(MraFamily):
 
     def __call__(self, call: AttentionCall) -> AttentionResult:
         config, pyramid = self.config, None
-        if call.blocks is not None and call.n_queries < 2 * config.resolutions[0]:
+        if call.blocks is not None and call.n_queries < 2 * config.block_shapes[0][0]:
             # In a prompt the mask cuts through each row's own block, which is exact for that.
             config = dataclasses.replace(config, diagonal_blocks=max(1, config.diagonal_blocks))
             valid = None if call.mask is None else call.mask.key_valid

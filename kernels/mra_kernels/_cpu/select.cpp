@@ -39,11 +39,12 @@ struct Offer {
 struct Reach {
   int64_t any_low, any_high, all_low, all_high;
 
-  Reach(const Call& call, int64_t side, int64_t b, int64_t row) {
+  Reach(const Call& call, const Level& level, int64_t b, int64_t row) {
+    const int64_t side = level.key_side, end = std::min((row + 1) * level.side, call.queries);
     const int64_t* start = call.start + b * call.interval_batch;
     const int64_t* stop = call.stop + b * call.interval_batch;
     int64_t first = call.keys, last = 0, latest = 0, earliest = call.keys;
-    for (int64_t i = row * side; i < std::min((row + 1) * side, call.queries); ++i) {
+    for (int64_t i = row * level.side; i < end; ++i) {
       latest = std::max(latest, start[i]);
       earliest = std::min(earliest, stop[i]);
       if (stop[i] <= start[i]) continue;
@@ -64,7 +65,7 @@ struct Favoured {
   Favoured(const Level& level, const Choice& choice, int64_t b, int64_t row)
       : columns(0), band_low(0), band_high(-1) {
     const int64_t first_position = row * level.side + choice.offset;
-    const int64_t place = floor_div(first_position, level.side);
+    const int64_t place = floor_div(first_position, level.key_side);
     if (choice.first_blocks) {
       const int64_t earlier = floor_div(choice.offset, level.side);
       const bool whole_row = row + earlier < level.first_row[b] + choice.first_blocks;
@@ -72,7 +73,7 @@ struct Favoured {
     }
     if (choice.diagonal_blocks) {
       band_low = place - choice.diagonal_blocks / 2;
-      band_high = place + choice.diagonal_blocks / 2;
+      band_high = place + level.side / level.key_side - 1 + choice.diagonal_blocks / 2;
     }
   }
 
@@ -113,7 +114,7 @@ struct Step {
     const int64_t full = entries(b, row, col);
     *cut = false;
     if (col >= reach.all_low && col < reach.all_high) return full;
-    const int64_t low = col * level.side, high = std::min(low + level.side, call.keys);
+    const int64_t low = col * level.key_side, high = std::min(low + level.key_side, call.keys);
     int64_t count = 0;
     for (int64_t i = row * level.side; i < std::min((row + 1) * level.side, call.queries); ++i)
       count += visible(call, b, i, low, high);
@@ -283,8 +284,8 @@ struct Step {
     if (visible(call, b, i, 0, call.keys) == 0) return true;
     for (int64_t w = 0; w < level.words; ++w)
       for (uint64_t bits = opened[w]; bits; bits &= bits - 1) {
-        const int64_t low = (w * 64 + __builtin_ctzll(bits)) * level.side;
-        if (visible(call, b, i, low, std::min(low + level.side, call.keys)) > 0) return true;
+        const int64_t low = (w * 64 + __builtin_ctzll(bits)) * level.key_side;
+        if (visible(call, b, i, low, std::min(low + level.key_side, call.keys)) > 0) return true;
       }
     return false;
   }
@@ -347,7 +348,7 @@ struct Step {
         const int count = static_cast<int>(std::min<int64_t>(LANES, level.rows - first));
         std::vector<Reach> reach;
         for (int i = 0; i < count; ++i)
-          reach.emplace_back(call, level.side, batch_of(head), first + i);
+          reach.emplace_back(call, level, batch_of(head), first + i);
         score(head, first, count, reach, query, scores.data());
         Tally tally = {0, 0, 0, 0};
         for (int i = 0; i < count; ++i) {

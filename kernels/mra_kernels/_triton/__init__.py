@@ -57,6 +57,8 @@ def _against_config(config: MraAttentionConfig | MraKeysConfig | None) -> str | 
         return "triton has no kernel for single keys ('mra'), only for blocks ('mra2', 'mra2s')"
     if config is not None and len(config.resolutions) != 2:
         return f"triton takes two resolutions like (32, 1), got {config.resolutions}"
+    if config is not None and config.query_rows not in (None, config.resolutions[0]):
+        return f"triton takes square blocks, got query_rows={config.query_rows}"
     if config is not None and config.resolutions[0] not in SIDES:
         return f"triton takes blocks of 16, 32 or 64, got {config.resolutions[0]}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -126,9 +127,9 @@ def selection_of(
 
         def listed(which: Tensor) -> BlockPairs:
             head, row, col = (which & (entries > 0)).nonzero(as_tuple=True)
-            bare = BlockPairs(side, head, row, col, entries[head, row, col], queries.new_empty(0))
-            logit = pair_logits(bare, queries, keys, mask, rule)
-            return BlockPairs(side, head, row, col, bare.legal, logit)
+            legal, unknown = entries[head, row, col], queries.new_empty(0)
+            bare = BlockPairs(side, side, head, row, col, legal, unknown)
+            return replace(bare, logit=pair_logits(bare, queries, keys, mask, rule))
 
         coarse = () if config.coarse == "none" else (listed(~chosen),)
         return listed(chosen), coarse
