@@ -189,7 +189,7 @@ def test_one_operator_for_torch():
     from mra_kernels.scores import ScoreRule
 
     mask = AttentionMask.causal(40)
-    tables, costs = mask_tables(mask, 16)
+    tables, costs = mask_tables(mask, 16, 16)
     for coarse in ("pooled", "none"):
         config = MraAttentionConfig((16, 1), 0.3, coarse=coarse)
         tokens = [x.requires_grad_() for x in make_qkv(2, n=40, m=40, d=16, dtype=torch.float32)]

@@ -85,6 +85,33 @@ SETTINGS = [
     ),
     Setting("sparse only", torch.float16, (96, 96), 1, _config(64, coarse="none", score="mu")),
     Setting("long", torch.bfloat16, (64, 64), 2, _config(64), padded=True, lengths=(4097, 8192)),
+    Setting(
+        "shared lists",
+        torch.bfloat16,
+        (64, 64),
+        2,
+        _config(32, query_rows=128, diagonal_blocks=1),
+        padded=True,
+        sinks=True,
+        gradients=True,
+    ),
+    Setting(
+        "shared by half a tile",
+        torch.float32,
+        (32, 48),
+        1,
+        _config(16, query_rows=32, coarse="per_query", first_blocks=1),
+        gradients=True,
+    ),
+    Setting(
+        "shared, sparse only",
+        torch.float16,
+        (128, 64),
+        1,
+        _config(16, query_rows=64, coarse="none", scope="row"),
+        lengths=(1, 400),
+        padded=True,
+    ),
     Setting("few queries", torch.float32, (64, 64), 2, _config(16), lengths=(1, 16)),
 ]
 
@@ -118,10 +145,10 @@ def calls(draw: st.DrawFn, setting: Setting) -> Call:
     low, high = setting.lengths
     n = draw(st.integers(low, high))
     m = n if draw(st.booleans()) else draw(st.integers(max(1, low), max(high, 300)))
-    side = setting.config.resolutions[0]
+    rows, side = setting.config.block_shapes[0]
     exact = setting.softcap is None and not setting.padded and draw(st.booleans())
     if exact:
-        n, m = (-(-x // side) * side for x in (n, m))
+        n, m = (-(-x // of) * of for x, of in ((n, rows), (m, side)))
     heads, (d, dv), seed = kv_heads * setting.group, setting.widths, draw(st.integers(0, 2**16))
     tokens = make_qkv(seed, batch, heads, kv_heads, n, m, d, dv, torch.float32)
     if exact:
@@ -225,7 +252,8 @@ def _check_plan(call: Call, chosen: Selection) -> None:
         impl="reference",
         **call.extras,
     ).selection
-    block = call.config.resolutions[0] ** 2 / call.mask.legal_per_row().sum(-1).clamp(min=1)
+    rows, side = call.config.block_shapes[0]
+    block = rows * side / call.mask.legal_per_row().sum(-1).clamp(min=1)
     assert ((chosen.density - theirs.density).abs() <= block.max()).all()
     if call.exact_scores:
         assert _pairs(chosen.fine) == _pairs(theirs.fine)

@@ -24,6 +24,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     width: int = 64
     coarse: str = "pooled"
+    query_rows: int | None = None
     backward: bool = False
     kernels: tuple[str, ...] = ()
     architectures: tuple[str, ...] = tuple(TARGETS)
@@ -31,9 +32,12 @@ class Case:
 
 _ATTEND = ("forward_kernel",)
 _TWO = ("sm_80", "sm_90")
+_WIDE = ("sm_80", "sm_90", "sm_100", "sm_120")
 CASES = [
     Case("d64"),
     Case("d128", width=128),
+    Case("d64 shared", query_rows=128, kernels=_ATTEND, architectures=_WIDE),
+    Case("d128 shared", width=128, query_rows=128, kernels=_ATTEND, architectures=_WIDE),
     Case("backward d64", backward=True),
     Case("backward d128", width=128, backward=True),
     Case("d64 per_query", coarse="per_query", kernels=_ATTEND, architectures=_TWO),
@@ -58,7 +62,9 @@ def launches(case: Case, architecture: str, n: int = N) -> list[Planned]:
     """What the call launches there; nothing is run, and nobody looks at results."""
     query = torch.zeros(1, 2, n, case.width, dtype=case.dtype)
     key, value = (torch.zeros(1, 1, n, case.width, dtype=case.dtype) for _ in range(2))
-    config = MraAttentionConfig(resolutions=(32, 1), budget=0.1, coarse=case.coarse)
+    config = MraAttentionConfig(
+        resolutions=(32, 1), budget=0.1, coarse=case.coarse, query_rows=case.query_rows
+    )
     mask = AttentionMask.causal(n)
     for tensor in (query, key, value):
         tensor.requires_grad_(case.backward)

@@ -118,7 +118,8 @@ def recorded() -> Iterator[list[Planned]]:
 
 def compiled(call: Specialization, architecture: str) -> Compiled:
     """Compiles, or finds in the caches of Triton and of this."""
-    wanted = {name: getattr(call.options, name) for name in ("num_warps", "num_stages")}
+    asked = ("num_warps", "num_stages", "maxnreg")
+    wanted = {name: getattr(call.options, name) for name in asked if hasattr(call.options, name)}
     kernel = triton.compile(call.source(), target=TARGETS[architecture], options=wanted)
     key = kernel.hash + hashlib.sha256(_VERSION).hexdigest()[:8]
     row = cache_directory().parent / "triton-static" / f"{key}.json"

@@ -57,10 +57,10 @@ def _against_config(config: MraAttentionConfig | MraKeysConfig | None) -> str | 
         return "triton has no kernel for single keys ('mra'), only for blocks ('mra2', 'mra2s')"
     if config is not None and len(config.resolutions) != 2:
         return f"triton takes two resolutions like (32, 1), got {config.resolutions}"
-    if config is not None and config.query_rows not in (None, config.resolutions[0]):
-        return f"triton takes square blocks, got query_rows={config.query_rows}"
     if config is not None and config.resolutions[0] not in SIDES:
         return f"triton takes blocks of 16, 32 or 64, got {config.resolutions[0]}"
+    if config is not None and config.block_shapes[0][0].bit_count() != 1:
+        return f"triton takes a power of two as query_rows, got {config.query_rows}"
     return None
 
 
@@ -138,5 +138,5 @@ def block_means(
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     real = None if valid is None else valid.to(torch.uint8).contiguous()
     for side in sides:
-        means = pooled(tokens, None, None, real, None, side, 0)[0]
+        means = pooled(tokens, None, None, real, None, side, side, 0)[0]
         into[side][:, :, : means.shape[2]] = means

@@ -34,6 +34,7 @@ def mra_forward(
     tables: list[Tensor],
     key_valid: Tensor | None,
     query_pooled: Tensor | None,
+    query_rows: int,
     side: int,
     coarse: str,
     less_best: bool,
@@ -52,8 +53,8 @@ def mra_forward(
         `Attended` and `Plan`; without elements where there is no such thing.
     """
     settings = Settings(
-        side, coarse, less_best, by_row, by_count, first_blocks, diagonal_blocks, offset, scaling,
-        softcap,
+        query_rows, side, coarse, less_best, by_row, by_count, first_blocks, diagonal_blocks,
+        offset, scaling, softcap,
     )  # fmt: skip
     intervals, rows, keys_per_block, first = tables
     described = MaskTables(intervals, rows, keys_per_block, first, key_valid, query_pooled)
@@ -63,7 +64,7 @@ def mra_forward(
     flat = query.shape[0] * query.shape[1]
     n_tallies = tally_space(flat, described, settings)
     q_means, k_means, v_means, zeros = pooled(
-        query, new_key, new_value, query_pooled, key_valid, side, n_tallies + flat
+        query, new_key, new_value, query_pooled, key_valid, query_rows, side, n_tallies + flat
     )
     tallies, arrived = zeros.split([n_tallies, flat])
 
@@ -89,7 +90,7 @@ def mra_forward(
 def _(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, means: list[Tensor],
     budgets: Tensor, tables: list[Tensor], key_valid: Tensor | None, query_pooled: Tensor | None,
-    side: int, coarse: str, *settings: Any,
+    query_rows: int, side: int, coarse: str, *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, n, width), (kv_heads, _, value_width) = query.shape, value.shape[1:]
     rows, cols = tables[1].shape[1], tables[2].shape[1]
@@ -128,6 +129,7 @@ def mra_backward(
     tables: list[Tensor],
     key_valid: Tensor | None,
     query_pooled: Tensor | None,
+    query_rows: int,
     side: int,
     coarse: str,
     scaling: float,
@@ -136,7 +138,7 @@ def mra_backward(
     """Gradients of queries, keys and values, and ``grad . output``; see `gradients`."""
     intervals, rows, keys_per_block, first = tables
     described = MaskTables(intervals, rows, keys_per_block, first, key_valid, query_pooled)
-    settings = Settings(side, coarse, True, True, True, 0, 0, 0, scaling, softcap)
+    settings = Settings(query_rows, side, coarse, True, True, True, 0, 0, 0, scaling, softcap)
     return gradients(
         query,
         key,
@@ -162,9 +164,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, sinks, means, _, tables, key_valid, query_pooled, side, coarse, *rest = (
-        inputs
-    )
+    query, key, value, sinks, means, _, tables, key_valid, query_pooled, *settings = inputs
     result, _, total, opened, _, *new_means, peak = output
     if means:
         new_means[1:] = means
@@ -173,7 +173,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         *new_means, *tables,
     )  # fmt: skip
     ctx.given_means = len(means)
-    ctx.settings = side, coarse, rest[-2], rest[-1]
+    ctx.settings = *settings[:3], *settings[-2:]
 
 
 def _backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
@@ -189,7 +189,7 @@ def _backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
         weights = torch.exp2(sinks.float()[None, :, None] * _LOG2_E - total)
         weights = weights.masked_fill(total == -torch.inf, 0.0)
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dsinks, [None] * ctx.given_means, None, [None] * 4, *(None,) * 12
+    return dq, dk, dv, dsinks, [None] * ctx.given_means, None, [None] * 4, *(None,) * 13
 
 
 mra_forward.register_autograd(_backward, setup_context=_keep)
@@ -206,8 +206,7 @@ def mra_triton(
     means: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """See `mra_kernels._triton.mra_triton`."""
-    side = config.resolutions[0]
-    tables, costs = mask_tables(mask, side)
+    tables, costs = mask_tables(mask, *config.block_shapes[0])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output, lse, _, opened, rescued, q_means, k_means, *_ = mra_forward(
         query,

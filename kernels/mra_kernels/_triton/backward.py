@@ -66,8 +66,9 @@ def backward_query_kernel(
     COARSE_DQ, SHARE, LISTS,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdb, sdh, sdn,
     heads, n, m, rows, cols, words, mask_step, scaling, softcap,
-    GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_ROWS: tl.constexpr, SIDE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries. Grid: (tiles of ``BM`` queries, batch * heads)."""
@@ -86,8 +87,9 @@ def backward_query_kernel(
         KEY_VALID += of_mask * m
     query = tile * BM + tl.arange(0, BM)
     inside = query < n
-    first_row = tile * BM // SIDE
-    local = query // SIDE - first_row
+    first_row = tile * BM // QUERY_ROWS
+    TILE_ROWS: tl.constexpr = (BM + QUERY_ROWS - 1) // QUERY_ROWS
+    local = query // QUERY_ROWS - first_row if TILE_ROWS > 1 else None
     begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
     stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
     q = load_rows(Q + batch * sqb + head * sqh, query, sqn, inside, D, DP)
@@ -95,7 +97,6 @@ def backward_query_kernel(
     norm = load_norm(TOTAL, flat * n + query, inside)
     delta = tl.load(DELTA + flat * n + query, mask=inside, other=0.0)
     dq = tl.zeros([BM, DP], tl.float32)
-    TILE_ROWS: tl.constexpr = (BM + SIDE - 1) // SIDE
     STEP: tl.constexpr = BN // SIDE
     for col_0 in range(0, cols, CHUNK):
         n_plain, n_listed = list_keys(
@@ -119,7 +120,7 @@ def backward_query_kernel(
             )  # fmt: skip
     dq = dq * scaling
     if COARSE == 1:
-        row = query // SIDE
+        row = query // QUERY_ROWS
         share = tl.load(SHARE + flat * rows + row, mask=inside, other=0.0)
         if QUERY_POOLED is not None:
             counted = tl.load(QUERY_POOLED + of_mask * n + query, mask=inside, other=0)
@@ -134,12 +135,12 @@ def backward_query_kernel(
 def _key_step(
     k, v, Q, GRAD, NORM, DELTA, INTERVALS, entry, key, local, n, sqn, sgn, scaling, softcap,
     dk, dv,
-    SIDE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    PART: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q = load_tokens(Q, entry, sqn, n, SIDE, BM, D, DP, PLAIN)
-    grad = load_tokens(GRAD, entry, sgn, n, SIDE, BM, DV, DVP, PLAIN)
-    query = tokens_of(entry, SIDE, BM)
+    q = load_tokens(Q, entry, sqn, n, PART, BM, D, DP, PLAIN)
+    grad = load_tokens(GRAD, entry, sgn, n, PART, BM, DV, DVP, PLAIN)
+    query = tokens_of(entry, PART, BM)
     inside = query < n
     norm = load_norm(NORM, query, inside)
     delta = tl.load(DELTA + query, mask=inside, other=0.0)
@@ -149,7 +150,7 @@ def _key_step(
         begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
         stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
         visible = (key[:, None] >= begin[None, :]) & (key[:, None] < stop[None, :])
-        if SIDE == BM:
+        if PART == BM:
             visible = visible & (((entry >> (local + WHO)) & 1) == 1)[:, None]
         else:
             visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
@@ -169,8 +170,9 @@ def backward_key_kernel(
     COARSE_DK, COARSE_DV, LISTS,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdb, sdh, sdn, seb, seh, sen,
     kv_heads, n, m, rows, cols, words, mask_step, scaling, softcap,
-    GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_ROWS: tl.constexpr, SIDE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values. Grid: (tiles of ``BN`` keys, batch * key heads)."""
@@ -194,33 +196,34 @@ def backward_key_kernel(
     v = load_rows(V + batch * svb + kv_head * svh, key, svn, key < m, DV, DVP)
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DVP], tl.float32)
-    STEP: tl.constexpr = BM // SIDE
+    PART: tl.constexpr = BM if BM < QUERY_ROWS else QUERY_ROWS
+    STEP: tl.constexpr = BM // PART
     for each in range(0, GROUP):
         head = kv_head * GROUP + each
         flat = kv_flat * GROUP + each
         q_base = Q + batch * sqb + head * sqh
         grad_base = GRAD + batch * sgb + head * sgh
-        for row_0 in range(0, rows, CHUNK):
+        for part_0 in range(0, tl.cdiv(n, PART), CHUNK):
             n_plain, n_listed = list_queries(
-                LISTS, OPEN + flat * rows * words, ROWS, KEYS, first_col, row_0, rows, cols,
-                words, n, SIDE, BN // SIDE, CHUNK, STEP,
+                LISTS, OPEN + flat * rows * words, ROWS, KEYS, first_col, part_0, cols, words, n,
+                QUERY_ROWS, PART, SIDE, BN // SIDE, CHUNK, STEP,
             )  # fmt: skip
             a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
             for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-                here = entry_of_tokens(a, b, c, d, SIDE, BM)
+                here = entry_of_tokens(a, b, c, d, PART, BM)
                 a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
                 dk, dv = _key_step(
                     k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
                     seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
-                    SIDE, BM, D, DP, DV, DVP, CAPPED, True, PRECISION,
+                    PART, BM, D, DP, DV, DVP, CAPPED, True, PRECISION,
                 )  # fmt: skip
             for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-                here = entry_of_tokens(a, b, c, d, SIDE, BM)
+                here = entry_of_tokens(a, b, c, d, PART, BM)
                 a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
                 dk, dv = _key_step(
                     k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
                     seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
-                    SIDE, BM, D, DP, DV, DVP, CAPPED, False, PRECISION,
+                    PART, BM, D, DP, DV, DVP, CAPPED, False, PRECISION,
                 )  # fmt: skip
     dk = dk * scaling
     if COARSE != 0:
@@ -261,7 +264,7 @@ def gradients(
     rows, words = opened.shape[1:]
     cols = tables.keys_per_block.shape[1]
     delta, block_grad, block_delta, share = prepare(
-        output, grad, total, peak, tables, settings.side
+        output, grad, total, peak, tables, settings.query_rows
     )
     coarse_dq = coarse_dk = coarse_dv = None
     if means is not None:
@@ -280,6 +283,7 @@ def gradients(
     strides = [stride for x in (query, key, value, grad) for stride in x.stride()[:3]]
     shared = {
         "GROUP": heads // kv_heads,
+        "QUERY_ROWS": settings.query_rows,
         "SIDE": settings.side,
         "D": width,
         "DP": tuning.padded(width),
@@ -291,13 +295,13 @@ def gradients(
     }
 
     def cut(kernel: str, most: int) -> tuple[int, dict[str, int]]:
-        """Tiles along the grid, and settings; ``most`` blocks can be on a list."""
-        tiles = tuning.tiles(kernel, query, value)
-        bm, bn = tiles.rows_for(settings.side), tiles.keys_for(settings.side)
+        """Tiles along the grid, and settings; ``most`` entries can be on a list."""
+        tiles = tuning.tiles(kernel, query, value, settings.query_rows)
+        bm, bn = tiles.rows_for(settings.query_rows), tiles.keys_for(settings.side)
         chunk = min(CHUNK, tuning.padded(most))
         length, step = (n, bm) if kernel == "backward_query" else (m, bn)
         return -(-length // step), {
-            "BM": bm, "BN": bn, "CHUNK": chunk, "STAGES": tiles.stages, "num_warps": tiles.warps,
+            "BM": bm, "BN": bn, "CHUNK": chunk, "STAGES": tiles.stages, **tiles.options,
         }  # fmt: skip
 
     tiles, shapes = cut("backward_query", cols)
@@ -308,7 +312,7 @@ def gradients(
         tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share, lists,
         *strides, *dq.stride()[:3], heads, *counts, *numbers, **shared, **shapes,
     )  # fmt: skip
-    tiles, shapes = cut("backward_key", rows)
+    tiles, shapes = cut("backward_key", -(-n // settings.side))
     lists = opened.new_empty((batch * kv_heads, tiles, shapes["CHUNK"]))
     tuning.launch(
         backward_key_kernel, (tiles, batch * kv_heads),

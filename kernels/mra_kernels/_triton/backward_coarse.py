@@ -32,33 +32,42 @@ from mra_kernels._triton.primitives import (
 def prepare_kernel(
     OUTPUT, GRAD, TOTAL, PEAK, QUERY_POOLED, DELTA, BLOCK_GRAD, BLOCK_DELTA, SHARE,
     sob, soh, son, sgb, sgh, sgn, heads, n, rows, mask_step,
-    DV: tl.constexpr, DVP: tl.constexpr, SIDE: tl.constexpr, POOLED: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, QUERY_ROWS: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """``grad . output`` of each query and, for ``POOLED``, the gradient of its block's row and the
     share a pooled query has of its mean. Grid: (rows of blocks, batch * heads)."""
     row = tl.program_id(0)
     flat = tl.program_id(1).to(tl.int64)
     batch, head = flat // heads, flat % heads
-    query = row * SIDE + tl.arange(0, SIDE)
-    inside = query < n
-    output = load_rows(OUTPUT + batch * sob + head * soh, query, son, inside, DV, DVP)
-    grad = load_rows(GRAD + batch * sgb + head * sgh, query, sgn, inside, DV, DVP).to(tl.float32)
-    delta = tl.sum(grad * output.to(tl.float32), 1)
-    tl.store(DELTA + flat * n + query, delta, mask=inside)
+    AT_ONCE: tl.constexpr = 64 if QUERY_ROWS > 64 else QUERY_ROWS
+    at = flat * rows + row
+    block_grad = tl.zeros([DVP], tl.float32)
+    block_delta, count = 0.0, 0.0
+    for first in range(0, QUERY_ROWS, AT_ONCE):
+        query = row * QUERY_ROWS + first + tl.arange(0, AT_ONCE)
+        inside = query < n
+        output = load_rows(OUTPUT + batch * sob + head * soh, query, son, inside, DV, DVP)
+        grad = load_rows(GRAD + batch * sgb + head * sgh, query, sgn, inside, DV, DVP)
+        grad = grad.to(tl.float32)
+        delta = tl.sum(grad * output.to(tl.float32), 1)
+        tl.store(DELTA + flat * n + query, delta, mask=inside)
+        if POOLED:
+            total = tl.load(TOTAL + flat * n + query, mask=inside, other=float("-inf"))
+            seeing = total > float("-inf")
+            peak = tl.load(PEAK + at)
+            factor = tl.where(seeing, tl.math.exp2(peak - tl.where(seeing, total, 0.0)), 0.0)
+            block_grad += tl.sum(factor[:, None] * grad, 0)
+            block_delta += tl.sum(factor * delta, 0)
+            counted = inside
+            if QUERY_POOLED is not None:
+                at_query = QUERY_POOLED + batch * mask_step * n + query
+                counted = tl.load(at_query, mask=inside, other=0) != 0
+            count += tl.sum(counted.to(tl.float32), 0)
     if POOLED:
-        total = tl.load(TOTAL + flat * n + query, mask=inside, other=float("-inf"))
-        peak = tl.load(PEAK + flat * rows + row)
-        seeing = total > float("-inf")
-        factor = tl.where(seeing, tl.math.exp2(peak - tl.where(seeing, total, 0.0)), 0.0)
         d = tl.arange(0, DVP)
-        at = flat * rows + row
-        tl.store(BLOCK_GRAD + at * DV + d, tl.sum(factor[:, None] * grad, 0), mask=d < DV)
-        tl.store(BLOCK_DELTA + at, tl.sum(factor * delta, 0))
-        counted = inside
-        if QUERY_POOLED is not None:
-            at_query = QUERY_POOLED + batch * mask_step * n + query
-            counted = tl.load(at_query, mask=inside, other=0) != 0
-        tl.store(SHARE + at, 1 / tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0))
+        tl.store(BLOCK_GRAD + at * DV + d, block_grad, mask=d < DV)
+        tl.store(BLOCK_DELTA + at, block_delta)
+        tl.store(SHARE + at, 1 / tl.maximum(count, 1.0))
 
 
 @triton.jit
@@ -168,7 +177,7 @@ def prepare(
     total: Tensor,
     peak: Tensor | None,
     tables: MaskTables,
-    side: int,
+    query_rows: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What later launches need of each query and row of blocks; see `prepare_kernel`.
 
@@ -192,7 +201,7 @@ def prepare(
         prepare_kernel, (rows, batch * heads),
         output, grad, total, peak, tables.query_pooled, delta, block_grad, block_delta, share,
         *output.stride()[:3], *grad.stride()[:3], heads, n, rows, int(tables.rows.shape[0] > 1),
-        DV=width, DVP=tuning.padded(width), SIDE=side, POOLED=pooled, num_warps=4,
+        DV=width, DVP=tuning.padded(width), QUERY_ROWS=query_rows, POOLED=pooled, num_warps=4,
     )  # fmt: skip
     return delta, block_grad, block_delta, share
 
@@ -224,7 +233,7 @@ def coarse_gradients(
     pooled, tile = settings.coarse == "pooled", 32 if max(width, value_width) <= 64 else 16
     shared = {
         "GROUP": heads // kv_heads,
-        "BLOCK": 1 if pooled else settings.side,
+        "BLOCK": 1 if pooled else settings.query_rows,
         "D": width,
         "DP": tuning.padded(width),
         "DV": value_width,

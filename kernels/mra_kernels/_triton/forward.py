@@ -73,8 +73,9 @@ def forward_kernel(
     K_MEANS, V_MEANS, PEAK, MASS, WEIGHTED, SINKS, LISTS, PARTS, ARRIVED,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
     heads, n, m, rows, cols, room, words, mask_step, scaling, softcap,
-    GROUP: tl.constexpr, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, QUERY_ROWS: tl.constexpr, SIDE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -103,9 +104,9 @@ def forward_kernel(
         KEY_VALID += of_mask * m
     query = tile * BM + tl.arange(0, BM)
     inside = query < n
-    first_row = tile * BM // SIDE
-    local = query // SIDE - first_row
-    TILE_ROWS: tl.constexpr = (BM + SIDE - 1) // SIDE
+    first_row = tile * BM // QUERY_ROWS
+    TILE_ROWS: tl.constexpr = (BM + QUERY_ROWS - 1) // QUERY_ROWS
+    local = query // QUERY_ROWS - first_row if TILE_ROWS > 1 else None
     begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
     stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
     q = load_rows(Q, query, sqn, inside, D, DP)
@@ -161,12 +162,18 @@ def forward_kernel(
     to = flat * n + query
     lse = tl.where(seeing, (peak + tl.math.log2(mass)) * LN_2, float("-inf"))
     tl.store(LSE + to, lse, mask=inside)
-    row = query // SIDE
+    row = query // QUERY_ROWS
     if COARSE == 1:
-        at = flat * rows + row
-        other = tl.load(PEAK + at, mask=inside, other=float("-inf"))
-        more = tl.load(MASS + at, mask=inside, other=0.0)
-        coarse = load_rows(WEIGHTED, at, DV, inside, DV, DVP)
+        if TILE_ROWS == 1:  # one row for all, which takes no registers
+            at = flat * rows + first_row
+            d = tl.arange(0, DVP)
+            other, more = tl.load(PEAK + at), tl.load(MASS + at)
+            coarse = tl.load(WEIGHTED + at * DV + d, mask=d < DV, other=0.0)[None, :]
+        else:
+            at = flat * rows + row
+            other = tl.load(PEAK + at, mask=inside, other=float("-inf"))
+            more = tl.load(MASS + at, mask=inside, other=0.0)
+            coarse = load_rows(WEIGHTED, at, DV, inside, DV, DVP)
         peak, mass, weighted = merged(peak, mass, weighted, other, more, coarse)
     if COARSE == 2:
         whole_first, whole_stop, _, _ = block_row_facts(ROWS, row, inside)
@@ -239,9 +246,9 @@ def attend(
     output = value.new_empty(batch, heads, n, value_width)
     lse = query.new_empty((batch, heads, n), dtype=torch.float32)
     total = torch.empty_like(lse)
-    cut = tuning.tiles("forward", query, value)
+    cut = tuning.tiles("forward", query, value, settings.query_rows)
     few = n <= FEW
-    tile_rows, most = (FEW, CHUNK // 4) if few else (min(cut.rows, 4 * settings.side), CHUNK)
+    tile_rows, most = (FEW, CHUNK // 4) if few else (cut.rows_for(settings.query_rows), CHUNK)
     rows, words = plan.opened.shape[1:]
     cols = tables.keys_per_block.shape[1]
     tiles, chunk = -(-n // tile_rows), min(most, tuning.padded(cols))
@@ -258,11 +265,11 @@ def attend(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         heads, n, m, rows, cols, room, words, int(tables.rows.shape[0] > 1),
         settings.scaling, settings.softcap or 1.0,
-        GROUP=heads // kv_heads, SIDE=settings.side, D=width, DP=tuning.padded(width),
-        DV=value_width, DVP=tuning.padded(value_width),
+        GROUP=heads // kv_heads, QUERY_ROWS=settings.query_rows, SIDE=settings.side,
+        D=width, DP=tuning.padded(width), DV=value_width, DVP=tuning.padded(value_width),
         BM=tile_rows, BN=cut.keys_for(settings.side), CHUNK=chunk,
         COARSE=COARSE[settings.coarse], CAPPED=settings.softcap is not None,
         FOLD=settings.softcap is None and settings.scaling > 0, PRECISION=tuning.precision(),
-        STAGES=cut.stages, SPLITS=splits, num_warps=cut.warps,
+        STAGES=cut.stages, SPLITS=splits, **cut.options,
     )  # fmt: skip
     return Attended(output, lse, total)

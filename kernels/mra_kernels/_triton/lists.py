@@ -62,15 +62,18 @@ def list_keys(
 
 @triton.jit
 def list_queries(
-    LIST, OPEN, ROWS, KEYS, first_col, row_0, rows, cols, words, n,
-    SIDE: tl.constexpr, TILE_COLS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    LIST, OPEN, ROWS, KEYS, first_col, part_0, cols, words, n,
+    QUERY_ROWS: tl.constexpr, PART: tl.constexpr, SIDE: tl.constexpr, TILE_COLS: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`list_keys` the other way round: rows of blocks that opened any of ``TILE_COLS`` columns."""
-    row = (row_0 + tl.arange(0, CHUNK)).to(tl.int64)
-    there = row < rows
+    """`list_keys` the other way round: parts of ``PART`` queries of the rows of blocks that opened
+    any of ``TILE_COLS`` columns."""
+    part = part_0 + tl.arange(0, CHUNK)
+    there = part * PART < n
+    row = (part * PART // QUERY_ROWS).to(tl.int64)
     whole_first = tl.load(ROWS + row * ROW_FACTS + WHOLE_FIRST, mask=there, other=0)
     whole_stop = tl.load(ROWS + row * ROW_FACTS + WHOLE_STOP, mask=there, other=0)
-    plain = (row + 1) * SIDE <= n
+    plain = (part + 1) * PART <= n
     who = tl.zeros([CHUNK], tl.int32)
     for each in tl.static_range(TILE_COLS):
         col = tl.minimum(first_col + each, cols - 1)
@@ -79,7 +82,7 @@ def list_queries(
         real = tl.load(KEYS + col) + tl.zeros([CHUNK], tl.int32)
         plain = plain & (bit == 1) & (real == SIDE) & (col >= whole_first) & (col < whole_stop)
         who += bit << each
-    return _write(LIST, row.to(tl.int32), who, plain, STEP)
+    return _write(LIST, part, who, plain, STEP)
 
 
 @triton.jit
@@ -150,15 +153,19 @@ def visible_keys(
 ):  # fmt: skip
     """Which keys each query sees and its row of blocks opened, ``[BM, BN]``.
 
-    ``local`` is each query's row of blocks within the tile, ``begin`` and ``stop`` its interval.
+    ``local`` is each query's row of blocks within the tile, None if they share one; ``begin`` and
+    ``stop`` are its interval.
     """
     key = tokens_of(entry, SIDE, BN)
+    if local is None:  # entries beyond the end of a list are nobody's
+        key = tl.where(entry >> WHO == 0, -1, key)
     visible = (key[None, :] >= begin[:, None]) & (key[None, :] < stop[:, None])
-    if SIDE == BN:
-        visible = visible & (((entry >> (local + WHO)) & 1) == 1)[:, None]
-    else:
-        visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
+    if local is not None:
+        if SIDE == BN:
+            visible = visible & (((entry >> (local + WHO)) & 1) == 1)[:, None]
+        else:
+            visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
     if KEY_VALID is not None:
-        real = tl.load(KEY_VALID + key, mask=key < m, other=0) != 0
+        real = tl.load(KEY_VALID + key, mask=(key >= 0) & (key < m), other=0) != 0
         visible = visible & real[None, :]
     return visible

@@ -18,7 +18,8 @@ from mra_kernels.masks import AttentionMask
 
 
 class MaskTables(NamedTuple):
-    """A mask in blocks of ``side``, for a batch of ``B``, or 1 if all entries share it.
+    """A mask in blocks of ``query_rows`` by ``side``, for a batch of ``B``, or 1 if all entries
+    share it.
 
     Attributes:
         intervals: First visible key and one past the last of each query, int32 ``[B, N, 2]``; 0 and
@@ -72,17 +73,17 @@ class RowCosts(NamedTuple):
         return (worth - spent).contiguous()
 
 
-def mask_tables(mask: AttentionMask, side: int) -> tuple[MaskTables, RowCosts]:
+def mask_tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables, RowCosts]:
     """Of a mask without a matrix; kept in the mask, outside torch.compile."""
     if torch.compiler.is_compiling():
-        return _tables(mask, side)
-    kept: dict[int, tuple[MaskTables, RowCosts]] = mask.__dict__.setdefault("_tables", {})
-    if side not in kept:
-        kept[side] = _tables(mask, side)
-    return kept[side]
+        return _tables(mask, query_rows, side)
+    shape, kept = (query_rows, side), mask.__dict__.setdefault("_tables", {})
+    if shape not in kept:
+        kept[shape] = _tables(mask, query_rows, side)
+    return kept[shape]
 
 
-def _tables(mask: AttentionMask, side: int) -> tuple[MaskTables, RowCosts]:
+def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables, RowCosts]:
     legal = mask.legal_per_row()
     batch, n, m = legal.shape[0], mask.n_queries, mask.n_keys
     if mask.query_valid is not None:
@@ -94,7 +95,7 @@ def _tables(mask: AttentionMask, side: int) -> tuple[MaskTables, RowCosts]:
 
     def rows_of(values: Tensor, chosen: Tensor, other: int) -> Tensor:
         values = values.masked_fill(~chosen, other)
-        return pad(values, (0, -n % side), value=other).unflatten(1, (-1, side))
+        return pad(values, (0, -n % query_rows), value=other).unflatten(1, (-1, query_rows))
 
     queries = rows_of(counts.long(), counts, 0).sum(-1)
     inner = rows_of(start, counts, 0).amax(-1), rows_of(stop, counts, m).amin(-1)
@@ -128,14 +129,14 @@ def _tables(mask: AttentionMask, side: int) -> tuple[MaskTables, RowCosts]:
         low, high = (x.clamp(0, n_blocks) for x in (low, high))
         return blocks_before.gather(1, high) - blocks_before.gather(1, low)
 
-    only_whole = seen & (legal == whole_keys.repeat_interleave(side, 1)[:, :n])
-    padding = mask.padding_rows(side, batch)
+    only_whole = seen & (legal == whole_keys.repeat_interleave(query_rows, 1)[:, :n])
+    padding = mask.padding_rows(query_rows, batch)
     facts = (
         *(whole_first, whole_stop, seen_first, seen_stop, queries, padding),
         rows_of(only_whole.long(), only_whole, 0).amax(-1),
         torch.zeros_like(queries),
     )
-    query_pooled, _ = mask.pooled_tokens(side)
+    query_pooled, _ = mask.pooled_tokens(query_rows)
     tables = MaskTables(
         torch.stack([start, stop], -1).int(),
         torch.stack([x.int() for x in facts], -1),

@@ -44,20 +44,20 @@ def real_keys(KEYS, col, cols):
 @triton.jit
 def sort_keys(
     scores, row, col, cols, offset, first_row, first_col,
-    SIDE: tl.constexpr, FIRST: tl.constexpr, DIAGONAL: tl.constexpr,
+    SIDE: tl.constexpr, QUERY_ROWS: tl.constexpr, FIRST: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Sort keys of pairs, int64: higher goes first."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = bits.to(tl.int64) + (1 << 31)
     if FIRST > 0:
-        favoured = (row + offset // SIDE < first_row + FIRST)[:, None] | (col < first_col + FIRST)[
-            None, :
-        ]
+        favoured = (row + offset // QUERY_ROWS < first_row + FIRST)[:, None] | (
+            col < first_col + FIRST
+        )[None, :]
         key += tl.where(favoured, 1 << 32, 0).to(tl.int64)
     if DIAGONAL > 0:
-        own = (row * SIDE + offset) // SIDE
-        near = tl.abs(col[None, :] - own[:, None]) <= DIAGONAL // 2
+        behind = col[None, :] - ((row * QUERY_ROWS + offset) // SIDE)[:, None]
+        near = (behind >= -(DIAGONAL // 2)) & (behind < QUERY_ROWS // SIDE + DIAGONAL // 2)
         if FIRST > 0:
             near = near & (key < (1 << 32))
         key += tl.where(near, 1 << 32, 0).to(tl.int64)

@@ -18,7 +18,7 @@ class Settings(NamedTuple):
     """A config of two resolutions and a score rule, in numbers that an operator of torch takes.
 
     Attributes:
-        side: Tokens per block.
+        query_rows, side: Queries and keys per block.
         coarse: ``none``, ``pooled`` or ``per_query``.
         less_best: Scores are less the best of their row of blocks.
         by_row: Each row of blocks has its own budget.
@@ -28,6 +28,7 @@ class Settings(NamedTuple):
         scaling, softcap: As in `ScoreRule`.
     """
 
+    query_rows: int
     side: int
     coarse: str
     less_best: bool
@@ -43,7 +44,7 @@ class Settings(NamedTuple):
     def of(cls, config: MraAttentionConfig, rule: ScoreRule, offset: int) -> Settings:
         """Without the budget, which is a tensor."""
         return cls(
-            config.resolutions[0],
+            *config.block_shapes[0],
             config.coarse,
             config.score == "row",
             config.scope == "row",
@@ -90,7 +91,7 @@ def selection_of(
         q_means, k_means: Block means, ``[B, H, R, D]`` and ``[B, Hkv, C, D]``.
     """
     (batch, heads, rows, _), (kv_heads, cols) = q_means.shape, k_means.shape[1:3]
-    side = config.resolutions[0]
+    query_rows, side = config.block_shapes[0]
 
     def bits() -> Tensor:
         each = torch.arange(32, device=opened.device, dtype=torch.int32)
@@ -99,14 +100,16 @@ def selection_of(
     def legal() -> Tensor:
         index = torch.arange(batch * rows * cols, device=opened.device)
         b, place = index // (rows * cols), index % (rows * cols)
-        return mask.tile_counts(b, place // cols, place % cols, side).view(batch, rows, cols)
+        return mask.tile_counts(b, place // cols, place % cols, side, query_rows).view(
+            batch, rows, cols
+        )
 
     def figures() -> tuple[Tensor, Tensor, int]:
         entries = legal()
-        n_queries, n_keys = mask.block_sizes(side, batch)
+        n_queries, n_keys = mask.block_sizes(side, batch, query_rows)
         cut = (entries < n_queries[:, :, None] * n_keys[:, None]) & (entries > 0)
         chosen = bits().view(batch, heads, rows, cols)
-        real = entries * ~mask.padding_rows(side, batch)[:, :, None]
+        real = entries * ~mask.padding_rows(query_rows, batch)[:, :, None]
         forced = cut[:, None].expand_as(chosen)
         if rescued is not None:
             saved = rescued.view(batch, heads, rows, 1).long()
@@ -114,7 +117,7 @@ def selection_of(
         exact = (chosen * real[:, None]).sum()
         dots = heads * int((entries > 0).sum()) + int(exact)
         if config.coarse == "per_query":
-            dots += side * int(((entries > 0)[:, None] & ~chosen).sum())
+            dots += query_rows * int(((entries > 0)[:, None] & ~chosen).sum())
         total = real.sum((1, 2)).clamp(min=1)[:, None]
         density, floor = ((x * real[:, None]).sum((2, 3)) / total for x in (chosen, forced))
         return density, floor, dots
@@ -128,7 +131,7 @@ def selection_of(
         def listed(which: Tensor) -> BlockPairs:
             head, row, col = (which & (entries > 0)).nonzero(as_tuple=True)
             legal, unknown = entries[head, row, col], queries.new_empty(0)
-            bare = BlockPairs(side, side, head, row, col, legal, unknown)
+            bare = BlockPairs(query_rows, side, head, row, col, legal, unknown)
             return replace(bare, logit=pair_logits(bare, queries, keys, mask, rule))
 
         coarse = () if config.coarse == "none" else (listed(~chosen),)

@@ -42,7 +42,7 @@ def open_kernel(
     OPEN, RESCUED, PEAK, MASS, WEIGHTED,
     scaling, softcap, offset, heads, rows, cols, room, words, segments, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    SIDE: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    SIDE: tl.constexpr, QUERY_ROWS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
     BY_ROW: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
     FIRST: tl.constexpr, DIAGONAL: tl.constexpr, POOLED: tl.constexpr, RESCUE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,7 +84,7 @@ def open_kernel(
             whole = whole & real[None, :]
             key = sort_keys(
                 logits - best[:, None], row, col, cols, offset, first_row, first_col,
-                SIDE, FIRST, DIAGONAL,
+                SIDE, QUERY_ROWS, FIRST, DIAGONAL,
             )  # fmt: skip
             paid = whole & (key >= threshold[:, None])
             served = served | (tl.max(paid.to(tl.int32), 1) > 0)
@@ -115,7 +115,7 @@ def open_kernel(
         seen = (col[None, :] >= seen_first[:, None]) & (col < seen_stop[:, None])
         key = sort_keys(
             logits - best[:, None], row, col, cols, offset, first_row, first_col,
-            SIDE, FIRST, DIAGONAL,
+            SIDE, QUERY_ROWS, FIRST, DIAGONAL,
         )  # fmt: skip
         paid = (key >= threshold[:, None]) | (col[None, :] == rescued[:, None])
         opened = seen & real[None, :] & (paid | (whole == 0))
@@ -171,6 +171,7 @@ def select(
         "D": width,
         "DP": tuning.padded(width),
         "SIDE": settings.side,
+        "QUERY_ROWS": settings.query_rows,
         "LESS_BEST": settings.less_best,
         "CAPPED": settings.softcap is not None,
         "FIRST": settings.first_blocks,

@@ -57,7 +57,8 @@ def _best_of_rows(
 def _keys_and_worth(
     q, K_MEANS, KEYS, row, col, best, n_queries, whole_first, whole_stop, inside, cols,
     scaling, softcap, offset, first_row, first_col,
-    D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr, QUERY_ROWS: tl.constexpr,
+    RB: tl.constexpr, CB: tl.constexpr,
     BY_COUNT: tl.constexpr, CAPPED: tl.constexpr, FIRST: tl.constexpr, DIAGONAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +68,17 @@ def _keys_and_worth(
     whole = (col[None, :] >= whole_first[:, None]) & (col[None, :] < whole_stop[:, None])
     whole = whole & (inside[:, None] & real[None, :])
     key = sort_keys(
-        scores - best[:, None], row, col, cols, offset, first_row, first_col, SIDE, FIRST, DIAGONAL
+        scores - best[:, None],
+        row,
+        col,
+        cols,
+        offset,
+        first_row,
+        first_col,
+        SIDE,
+        QUERY_ROWS,
+        FIRST,
+        DIAGONAL,
     )
     cost = n_queries[:, None] * n_keys[None, :]
     if BY_COUNT:
@@ -109,7 +120,7 @@ def row_threshold_kernel(
     Q_MEANS, K_MEANS, ROWS, KEYS, BUDGETS, FIRSTS, BEST, THRESHOLDS,
     scaling, softcap, offset, heads, rows, cols, room, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr,
-    RB: tl.constexpr, CB: tl.constexpr, ONE_TILE: tl.constexpr,
+    QUERY_ROWS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ONE_TILE: tl.constexpr,
     BY_COUNT: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
     FIRST: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +155,7 @@ def row_threshold_kernel(
     key, worth = _keys_and_worth(
         q, K_MEANS, KEYS, row, begin + tl.arange(0, CB), best, n_queries, whole_first,
         whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
-        D, DP, SIDE, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
+        D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
     )  # fmt: skip
     shift = KEY_BITS - _BUCKET_BITS
     while (shift >= 0) & (tl.max(searching.to(tl.int32), 0) > 0):
@@ -155,7 +166,7 @@ def row_threshold_kernel(
                     q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries,
                     whole_first, whole_stop, inside, cols, scaling, softcap, offset,
                     first_row, first_col,
-                    D, DP, SIDE, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
+                    D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
                 )  # fmt: skip
                 tally += _tally(next_key, next_worth, low[:, None], shift)
         chosen, bottom, count, rest = _narrowed(tally, low, left, shift)
@@ -174,7 +185,8 @@ def row_threshold_kernel(
 def _sweep(
     Q_MEANS, K_MEANS, ROWS, KEYS, BEST, FOUND, CURSOR, low, shift, segment,
     rows, cols, scaling, softcap, offset, first_row, first_col,
-    D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr, QUERY_ROWS: tl.constexpr,
+    RB: tl.constexpr, CB: tl.constexpr,
     WRITE: tl.constexpr, BY_COUNT: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
     FIRST: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +209,7 @@ def _sweep(
             key, worth = _keys_and_worth(
                 q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries, whole_first,
                 whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
-                D, DP, SIDE, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
+                D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
             )  # fmt: skip
             if WRITE:
                 mine = (worth != 0) & ((key - low) >> shift == 0)
@@ -217,8 +229,8 @@ def head_threshold_kernel(
     Q_MEANS, K_MEANS, ROWS, KEYS, BUDGETS, FIRSTS, BEST, THRESHOLDS, TALLIES, ARRIVED, CURSORS,
     FOUND, scaling, softcap, offset, heads, rows, cols, room, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr,
-    RB: tl.constexpr, CB: tl.constexpr, SEGMENTS: tl.constexpr, FIRST_BITS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    QUERY_ROWS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, SEGMENTS: tl.constexpr,
+    FIRST_BITS: tl.constexpr, CANDIDATES: tl.constexpr,
     BY_COUNT: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
     FIRST: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +271,7 @@ def head_threshold_kernel(
         key, worth = _keys_and_worth(
             q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries, whole_first,
             whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
-            D, DP, SIDE, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
+            D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
         )  # fmt: skip
         place = (key >> LOW) + (padding.to(tl.int64) << FIRST_BITS)[:, None]
         tl.atomic_add(TALLIES + place, worth, mask=worth != 0, sem="relaxed")
@@ -293,8 +305,8 @@ def head_threshold_kernel(
                 tally = _sweep(
                     Q_MEANS, K_MEANS, ROWS, KEYS, BEST, FOUND, CURSORS, low, shift, segment,
                     rows, cols, scaling, softcap, offset, first_row, first_col,
-                    D, DP, SIDE, RB, CB, False, BY_COUNT, LESS_BEST, CAPPED, FIRST, DIAGONAL,
-                    PRECISION,
+                    D, DP, SIDE, QUERY_ROWS, RB, CB, False, BY_COUNT, LESS_BEST, CAPPED, FIRST,
+                    DIAGONAL, PRECISION,
                 )  # fmt: skip
                 _digits, bottoms, counts, rests = _narrowed(
                     tally, low + tl.zeros([1], tl.int64), left + tl.zeros([1], tl.int64), shift
@@ -305,8 +317,8 @@ def head_threshold_kernel(
                     Q_MEANS, K_MEANS, ROWS, KEYS, BEST, FOUND,
                     CURSORS + head * SEGMENTS + segment, low, shift, segment,
                     rows, cols, scaling, softcap, offset, first_row, first_col,
-                    D, DP, SIDE, RB, CB, True, BY_COUNT, LESS_BEST, CAPPED, FIRST, DIAGONAL,
-                    PRECISION,
+                    D, DP, SIDE, QUERY_ROWS, RB, CB, True, BY_COUNT, LESS_BEST, CAPPED, FIRST,
+                    DIAGONAL, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
                 written = count

@@ -17,19 +17,28 @@ class Tiles(NamedTuple):
         keys: Keys per step, a multiple of the block side.
         warps: Warps per program.
         stages: Tiles of keys and values in flight.
+        registers: Most that a thread may use (NVIDIA), so that programs share a multiprocessor;
+            None: as many as the compiler likes.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
-    def rows_for(self, side: int) -> int:
-        """Rows of one to four whole blocks of ``side``: so many a list tells apart."""
-        return min(max(self.rows, side), 4 * side)
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told of it."""
+        capped = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, **capped}
+
+    def rows_for(self, query_rows: int) -> int:
+        """At most four blocks of rows: so many a list tells apart."""
+        return min(self.rows, 4 * query_rows)
 
     def keys_for(self, side: int) -> int:
-        """The same of keys."""
+        """One to four whole blocks of keys."""
         return min(max(self.keys, side), 4 * side)
 
 
@@ -41,14 +50,16 @@ OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
 ``forward``, ``backward_query`` or ``backward_key``."""
 
 
-def tiles(kernel: str, query: Tensor, value: Tensor) -> Tiles:
+def tiles(kernel: str, query: Tensor, value: Tensor, query_rows: int) -> Tiles:
     """The tiles of ``kernel`` for these inputs, on their device."""
     width = max(padded(query.shape[-1]), padded(value.shape[-1]))
     chosen = OVERRIDES.get((kernel, width, query.dtype))
-    return chosen or table(kernel, capability(query.device), width, query.dtype)
+    return chosen or table(kernel, capability(query.device), width, query.dtype, query_rows)
 
 
-def table(kernel: str, capability: tuple[int, int], width: int, dtype: torch.dtype) -> Tiles:
+def table(
+    kernel: str, capability: tuple[int, int], width: int, dtype: torch.dtype, query_rows: int
+) -> Tiles:
     """The table, judged by what compilers make of it (``tests/triton_static``), not by timing.
 
     Args:
@@ -56,6 +67,7 @@ def table(kernel: str, capability: tuple[int, int], width: int, dtype: torch.dty
         capability: Major and minor compute capability.
         width: Padded width of heads, the wider of keys and values.
         dtype: Of the inputs.
+        query_rows: Queries that share a list.
     """
     if kernel != "forward":
         small = dtype.itemsize > 2 or width > 128
@@ -64,7 +76,17 @@ def table(kernel: str, capability: tuple[int, int], width: int, dtype: torch.dty
         return Tiles(32, 32, 8, 1)
     if width > 128:
         return Tiles(64, 32, 8, 2)
+    if query_rows >= 128 and _gains_from_wide_tiles(capability, width):
+        registers = 128 if capability == (9, 0) and width <= 64 else None
+        return Tiles(128, 64, 8, 2, registers)
     return Tiles(64, 64, 4 if width <= 64 or capability == (9, 0) else 8, 2)
+
+
+def _gains_from_wide_tiles(capability: tuple[int, int], width: int) -> bool:
+    """Where tiles of 64 queries wait for the L2 cache, or leave room for one program anyway."""
+    if capability in _MI300:
+        return False
+    return width > 64 or (9, 0) <= capability < (12, 0)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
