@@ -88,11 +88,9 @@ SETTINGS = [
     Setting(
         "shared lists",
         torch.bfloat16,
-        (64, 64),
+        (96, 80),
         2,
         _config(32, query_rows=128, diagonal_blocks=1),
-        padded=True,
-        sinks=True,
         gradients=True,
     ),
     Setting(
