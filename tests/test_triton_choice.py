@@ -37,6 +37,7 @@ def anywhere(monkeypatch):
         ({"config": PRESETS["mra"]}, r"no kernel for single keys.*mra2"),
         ({"config": PRESETS["mra3"]}, r"two resolutions like \(32, 1\), got \(16, 4, 1\)"),
         ({"config": MraAttentionConfig(resolutions=(8, 1))}, r"blocks of 16, 32 or 64, got 8"),
+        ({"config": MraAttentionConfig(query_rows=96)}, r"powers of two up to 1024 .*, got 96"),
         ({"dtype": torch.float64}, r"float16, bfloat16 and float32, got torch.float64"),
         ({"bias": torch.zeros(1, 4, 50, 50)}, r"no kernel for a bias"),
         ({"d": WIDEST + 1}, rf"heads up to {WIDEST} wide, got {WIDEST + 1}"),

@@ -21,9 +21,10 @@ from mra_kernels._triton import (  # noqa: E402
     backward,
     forward,
     lists,
+    pairs,
     pooling,
     primitives,
-    selection,
+    short,
     threshold,
 )
 from triton_cases import (  # noqa: E402
@@ -95,7 +96,36 @@ FAULTS = [
         "cost_from >= left",
         "block per row",
     ),
-    Fault("size of a block", selection.open_kernel, "+ size[None, :]", ""),
+    Fault(
+        "one pair too few, in one launch",
+        short._lowest_paid,
+        "above > left",
+        "above >= left",
+        "shared by half a tile",
+    ),
+    Fault("size of a block", pairs.coarse_step, "+ size[None, :]", ""),
+    Fault(
+        "diagonal of a square block",
+        pairs.sort_keys,
+        "QUERY_ROWS // SIDE + DIAGONAL",
+        "1 + DIAGONAL",
+        "shared lists",
+    ),
+    Fault(
+        "coarse term of another tile",
+        forward.forward_kernel,
+        "at = flat * rows + first_row",
+        "at = flat * rows",
+        "shared lists",
+    ),
+    Fault(
+        "another part of a block",
+        lists.list_queries,
+        "(part * PART // QUERY_ROWS)",
+        "part",
+        "shared lists",
+        check_gradients,
+    ),
     Fault(
         "beyond the last key",
         lists.load_tokens,
@@ -184,7 +214,7 @@ def examined(setting, examine):
     @given(st.data())
     def run(data):
         call = data.draw(calls(BY_NAME[setting]))
-        with Executor(ones=False), launched_by(plainly):
+        with Executor(ones=False), launched_by(plainly, BY_NAME[setting].in_tiles):
             examine(call)
 
     run()

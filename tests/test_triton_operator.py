@@ -125,7 +125,7 @@ def test_ties_are_broken_as_the_specification_does(inputs, change, monkeypatch):
     from mra_kernels._triton import selection
 
     monkeypatch.setattr(selection, "CANDIDATES", 16)
-    monkeypatch.setattr(selection, "_LARGEST_TILE", 0)
+    monkeypatch.setattr(selection, "LARGEST_TILE", 0)
     generator = torch.Generator().manual_seed(5)
     query, key = (
         torch.randint(-3, 4, (2, 2, 640, 16), generator=generator).float() for _ in range(2)

@@ -31,7 +31,7 @@ def on_random_calls(setting, examine, examples):
     @given(st.data())
     def run(data):
         call = data.draw(calls(setting))
-        with Executor(ones=False), launched_by(plainly):
+        with Executor(ones=False), launched_by(plainly, setting.in_tiles):
             examine(call)
 
     run()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention
-from mra_kernels._triton import tuning
+from mra_kernels._triton import selection, tuning
 from mra_kernels.selection import BlockPairs, Selection
 from mra_kernels.testing import make_qkv
 
@@ -25,7 +25,8 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 
 @dataclass(frozen=True)
 class Setting:
-    """What kernels are compiled for, and the lengths they are tried at."""
+    """What kernels are compiled for, and the lengths they are tried at; ``in_tiles``: blocks are
+    chosen by several programs a head, as in long sequences."""
 
     name: str
     dtype: torch.dtype
@@ -37,6 +38,7 @@ class Setting:
     padded: bool = False
     lengths: tuple[int, int] = (17, 400)
     gradients: bool = False
+    in_tiles: bool = False
 
 
 def _config(side: int, **fields: object) -> MraAttentionConfig:
@@ -44,7 +46,7 @@ def _config(side: int, **fields: object) -> MraAttentionConfig:
 
 
 SETTINGS = [
-    Setting("mra2", torch.float32, (64, 64), 1, _config(32), gradients=True),
+    Setting("mra2", torch.float32, (64, 64), 1, _config(32), gradients=True, in_tiles=True),
     Setting(
         "mra2 padded",
         torch.bfloat16,
@@ -81,6 +83,7 @@ SETTINGS = [
         2,
         _config(32, blocks_per_row=2, scope="row", diagonal_blocks=3),
         softcap=3.0,
+        in_tiles=True,
         gradients=True,
     ),
     Setting("sparse only", torch.float16, (96, 96), 1, _config(64, coarse="none", score="mu")),
@@ -91,6 +94,7 @@ SETTINGS = [
         (96, 80),
         2,
         _config(32, query_rows=128, diagonal_blocks=1),
+        in_tiles=True,
         gradients=True,
     ),
     Setting(
@@ -191,15 +195,17 @@ def _mask(draw: st.DrawFn, n: int, m: int) -> AttentionMask:
 
 
 @contextmanager
-def launched_by(launcher: object) -> Iterator[None]:
-    """``impl="triton"`` on CPU tensors, by this launcher; new memory holds NaN."""
+def launched_by(launcher: object, in_tiles: bool = False) -> Iterator[None]:
+    """``impl="triton"`` on CPU tensors, by this launcher; new memory holds NaN. ``in_tiles``: see
+    `Setting`."""
     before = tuning.LAUNCHER, torch.are_deterministic_algorithms_enabled()
-    tuning.LAUNCHER = launcher
+    tuning.LAUNCHER, tile = launcher, selection.LARGEST_TILE
+    selection.LARGEST_TILE = 0 if in_tiles else tile
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        tuning.LAUNCHER = before[0]
+        tuning.LAUNCHER, selection.LARGEST_TILE = before[0], tile
         torch.use_deterministic_algorithms(before[1])
 
 

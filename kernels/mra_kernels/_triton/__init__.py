@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SIDES = (16, 32, 64)
 WIDEST = 256
+_MOST_ROWS = 1024
 _MOST_PAIRS, _MOST_ENTRIES = 1 << 27, 1 << 36
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -46,8 +47,8 @@ def reason_against(
     if mask is not None and mask.dense is not None:
         return "triton takes masks that are intervals and padding, not any matrix"
     if mask is not None and isinstance(config, MraAttentionConfig):
-        entries, side = mask.n_queries * mask.n_keys, config.resolutions[0]
-        if entries > _MOST_ENTRIES or entries / side**2 > _MOST_PAIRS:
+        entries, (rows, side) = mask.n_queries * mask.n_keys, config.block_shapes[0]
+        if entries > _MOST_ENTRIES or entries / rows / side > _MOST_PAIRS:
             return f"triton counts {_MOST_ENTRIES:.1e} entries and {_MOST_PAIRS:.1e} blocks a head"
     return None
 
@@ -59,8 +60,9 @@ def _against_config(config: MraAttentionConfig | MraKeysConfig | None) -> str | 
         return f"triton takes two resolutions like (32, 1), got {config.resolutions}"
     if config is not None and config.resolutions[0] not in SIDES:
         return f"triton takes blocks of 16, 32 or 64, got {config.resolutions[0]}"
-    if config is not None and config.block_shapes[0][0].bit_count() != 1:
-        return f"triton takes a power of two as query_rows, got {config.query_rows}"
+    rows = None if config is None else config.query_rows
+    if rows is not None and (rows.bit_count() != 1 or rows > _MOST_ROWS):
+        return f"triton takes powers of two up to {_MOST_ROWS} as query_rows, got {rows}"
     return None
 
 

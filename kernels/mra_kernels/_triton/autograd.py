@@ -62,7 +62,8 @@ def mra_forward(
     if coarse == "none":
         new_value = None
     flat = query.shape[0] * query.shape[1]
-    n_tallies = tally_space(flat, described, settings)
+    width = max(query.shape[3], value.shape[3])
+    n_tallies = tally_space(flat, described, width, settings)
     q_means, k_means, v_means, zeros = pooled(
         query, new_key, new_value, query_pooled, key_valid, query_rows, side, n_tallies + flat
     )

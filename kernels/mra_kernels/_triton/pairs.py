@@ -5,7 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mra_kernels._triton.primitives import load_rows, logits_of
+from mra_kernels._triton.primitives import (
+    LOG2_E,
+    load_rows,
+    logits_of,
+    softmax_step,
+    store_rows,
+)
 
 INDEX_BITS = tl.constexpr(27)
 """Of a key: 2^27 block pairs a head."""
@@ -63,3 +69,41 @@ def sort_keys(
         key += tl.where(near, 1 << 32, 0).to(tl.int64)
     index = row.to(tl.int64)[:, None] * cols + col.to(tl.int64)[None, :]
     return (key << INDEX_BITS) + (_LAST_INDEX - index)
+
+
+@triton.jit
+def pairs_between(col, first, stop, real):
+    """Pairs of rows of blocks with the blocks of real keys in their runs, bool ``[rows, cols]``."""
+    return (col[None, :] >= first[:, None]) & (col[None, :] < stop[:, None]) & real[None, :]
+
+
+@triton.jit
+def store_opened(OPEN, opened, col_0, words, inside, RB: tl.constexpr, CB: tl.constexpr):
+    """Bits of the pairs ``[RB, CB]``, to rows of words ``OPEN`` ``[RB, 1]``."""
+    bits = tl.reshape(opened.to(tl.int32), [RB, CB // 32, 32])
+    sums = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
+    word = col_0 // 32 + tl.arange(0, CB // 32)
+    tl.store(OPEN + word[None, :], sums, mask=inside[:, None] & (word < words)[None, :])
+
+
+@triton.jit
+def coarse_step(
+    logits, left, n_keys, V_MEANS, col, cols, peak, mass, weighted,
+    DV: tl.constexpr, DVP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`softmax_step` over pairs that are ``left`` at their pooled logits: a block stands for as
+    many keys as it holds real ones."""
+    size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
+    logits = tl.where(left, logits * LOG2_E + size[None, :], float("-inf"))
+    v = load_rows(V_MEANS, col, DV, col < cols, DV, DVP)
+    return softmax_step(logits, v, peak, mass, weighted, PRECISION)
+
+
+@triton.jit
+def store_coarse(
+    PEAK, MASS, WEIGHTED, to, inside, peak, mass, weighted, DV: tl.constexpr, DVP: tl.constexpr
+):
+    """The softmax of rows of blocks ``to``."""
+    tl.store(PEAK + to, peak, mask=inside)
+    tl.store(MASS + to, mass, mask=inside)
+    store_rows(WEIGHTED, to, DV, weighted, inside, DV, DVP)

@@ -13,18 +13,26 @@ from torch import Tensor
 
 from mra_kernels._triton import tuning
 from mra_kernels._triton.mask_tables import MaskTables
-from mra_kernels._triton.pairs import NOTHING, pair_logits, real_keys, sort_keys
+from mra_kernels._triton.pairs import (
+    NOTHING,
+    coarse_step,
+    pair_logits,
+    pairs_between,
+    real_keys,
+    sort_keys,
+    store_coarse,
+    store_opened,
+)
 from mra_kernels._triton.plan import Plan, Settings
 from mra_kernels._triton.primitives import (
-    LOG2_E,
     PADDING,
     ROW_FACTS,
     STARVING,
     block_row_facts,
     load_rows,
     run_of_rows,
-    softmax_step,
 )
+from mra_kernels._triton.short import choose_kernel
 from mra_kernels._triton.threshold import (
     CANDIDATES,
     FIRST_BITS,
@@ -32,8 +40,8 @@ from mra_kernels._triton.threshold import (
     row_threshold_kernel,
 )
 
-_LARGEST_TILE = 1 << 13
-"""Numbers in the means of keys that a program can hold at once."""
+LARGEST_TILE = 1 << 11
+"""Pairs that a program can hold at once, and a quarter of the numbers in the means of keys."""
 
 
 @triton.jit
@@ -80,8 +88,7 @@ def open_kernel(
             col = col_0 + tl.arange(0, CB)
             logits = pair_logits(q, K_MEANS, col, cols, scaling, softcap, D, DP, CAPPED, PRECISION)
             n_keys, real = real_keys(KEYS, col, cols)
-            whole = (col[None, :] >= whole_first[:, None]) & (col < whole_stop[:, None])
-            whole = whole & real[None, :]
+            whole = pairs_between(col, whole_first, whole_stop, real)
             key = sort_keys(
                 logits - best[:, None], row, col, cols, offset, first_row, first_col,
                 SIDE, QUERY_ROWS, FIRST, DIAGONAL,
@@ -99,45 +106,33 @@ def open_kernel(
     peak = tl.full([RB], float("-inf"), tl.float32)
     mass = tl.zeros([RB], tl.float32)
     weighted = tl.zeros([RB, DVP], tl.float32)
-    OPEN += (head * rows + row)[:, None] * words + tl.arange(0, CB // 32)[None, :]
+    OPEN += (head * rows + row)[:, None] * words
     begin, end = run_of_rows(seen_first, seen_stop, inside, cols, CB)
     for word_0 in range(0, words, CB // 32):
         word = word_0 + tl.arange(0, CB // 32)
         unseen = ((word * 32 < begin) | (word * 32 >= end)) & (word < words)
         there = inside[:, None] & unseen[None, :]
-        tl.store(OPEN + word_0, tl.zeros([RB, CB // 32], tl.int32), mask=there)
+        tl.store(OPEN + word[None, :], tl.zeros([RB, CB // 32], tl.int32), mask=there)
     for col_0 in range(begin, end, CB):
         col = col_0 + tl.arange(0, CB)
         logits = pair_logits(q, K_MEANS, col, cols, scaling, softcap, D, DP, CAPPED, PRECISION)
         n_keys, real = real_keys(KEYS, col, cols)
-        whole = (col[None, :] >= whole_first[:, None]) & (col < whole_stop[:, None])
-        whole = whole & real[None, :]
-        seen = (col[None, :] >= seen_first[:, None]) & (col < seen_stop[:, None])
+        whole = pairs_between(col, whole_first, whole_stop, real)
+        seen = pairs_between(col, seen_first, seen_stop, real)
         key = sort_keys(
             logits - best[:, None], row, col, cols, offset, first_row, first_col,
             SIDE, QUERY_ROWS, FIRST, DIAGONAL,
         )  # fmt: skip
         paid = (key >= threshold[:, None]) | (col[None, :] == rescued[:, None])
-        opened = seen & real[None, :] & (paid | (whole == 0))
-        bits = tl.reshape(opened.to(tl.int32), [RB, CB // 32, 32])
-        words_here = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
-        there = inside[:, None] & (col_0 // 32 + tl.arange(0, CB // 32) < words)[None, :]
-        tl.store(OPEN + col_0 // 32, words_here, mask=there)
+        opened = seen & (paid | (whole == 0))
+        store_opened(OPEN, opened, col_0, words, inside, RB, CB)
         if POOLED:
-            size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
-            logits = tl.where(whole & (opened == 0), logits * LOG2_E + size[None, :], float("-inf"))
-            v = load_rows(V_MEANS, col, DV, col < cols, DV, DVP)
-            peak, mass, weighted = softmax_step(logits, v, peak, mass, weighted, PRECISION)
+            peak, mass, weighted = coarse_step(
+                logits, whole & (opened == 0), n_keys, V_MEANS, col, cols, peak, mass, weighted,
+                DV, DVP, PRECISION,
+            )  # fmt: skip
     if POOLED:
-        to = head * rows + row
-        tl.store(PEAK + to, peak, mask=inside)
-        tl.store(MASS + to, mass, mask=inside)
-        d = tl.arange(0, DVP)
-        tl.store(
-            WEIGHTED + to[:, None] * DV + d[None, :],
-            weighted,
-            mask=inside[:, None] & (d < DV)[None, :],
-        )
+        store_coarse(PEAK, MASS, WEIGHTED, head * rows + row, inside, peak, mass, weighted, DV, DVP)
 
 
 def select(
@@ -159,13 +154,20 @@ def select(
     """
     (batch, heads, rows, width), (_, kv_heads, cols, _) = q_means.shape, k_means.shape
     value_width = width if v_means is None else v_means.shape[-1]
-    flat = batch * heads
-    best = q_means.new_empty(flat, rows)
-    thresholds = budgets.new_empty(flat, rows if settings.by_row else 2)
+    flat, words = batch * heads, -(-cols // 32)
+    pooled, rescue = settings.coarse == "pooled", settings.coarse == "none"
+    plan = Plan(
+        q_means.new_empty((flat, rows, words), dtype=torch.int32),
+        q_means.new_empty((flat, rows), dtype=torch.int32) if rescue else None,
+        *(q_means.new_empty(flat, rows) if pooled else None for _ in range(2)),
+        q_means.new_empty(flat, rows, value_width) if pooled else None,
+    )
+    values = v_means if pooled else q_means
     numbers = settings.scaling, settings.softcap or 1.0, settings.offset, heads, rows, cols
     room = k_means.stride(1) // width
     mask_step = int(tables.rows.shape[0] > 1)
-    inputs = q_means, k_means, tables.rows, tables.keys_per_block, budgets, tables.first
+    inputs = tables.rows, tables.keys_per_block, budgets, tables.first
+    by_count = {"BY_COUNT": settings.by_count}
     shared = {
         "GROUP": heads // kv_heads,
         "D": width,
@@ -177,48 +179,65 @@ def select(
         "FIRST": settings.first_blocks,
         "DIAGONAL": settings.diagonal_blocks,
         "PRECISION": tuning.mean_precision(q_means.device),
-        "RB": 16,
+        "num_stages": 2,
     }
-    by_count, tiles, tile_cols = settings.by_count, -(-rows // 16), 64 if width <= 64 else 32
-    if settings.by_row:
-        one_tile = tuning.padded(cols) * tuning.padded(width) <= _LARGEST_TILE
+    opening = {
+        "DV": value_width,
+        "DVP": tuning.padded(value_width),
+        "BY_ROW": settings.by_row,
+        "POOLED": pooled,
+        "RESCUE": rescue,
+    }
+    tile = _one_tile(tables, max(width, value_width), settings)
+    if tile is not None:
         tuning.launch(
-            row_threshold_kernel, (tiles, flat),
-            *inputs, best, thresholds, *numbers, room, mask_step,
-            CB=tuning.padded(cols) if one_tile else tile_cols, ONE_TILE=one_tile, BY_COUNT=by_count,
-            num_warps=8, num_stages=2, **shared,
+            choose_kernel, (-(-rows // tile[0]), flat),
+            q_means, k_means, values, *inputs, *plan, *numbers, room, words, mask_step,
+            RB=tile[0], CB=tile[1], SEGMENTS=_segments(tables), num_warps=4,
+            **by_count, **opening, **shared,
+        )  # fmt: skip
+        return plan
+    best = q_means.new_empty(flat, rows)
+    thresholds = budgets.new_empty(flat, rows if settings.by_row else 2)
+    grid, shared["RB"], shared["CB"] = (-(-rows // 16), flat), 16, 64 if width <= 64 else 32
+    if settings.by_row:
+        tuning.launch(
+            row_threshold_kernel, grid,
+            q_means, k_means, *inputs, best, thresholds, *numbers, room, mask_step,
+            num_warps=8, **by_count, **shared,
         )  # fmt: skip
     else:
         segments = _segments(tables)
         tallies = zeros[: flat * segments << FIRST_BITS]
         arrived, cursors = zeros[tallies.numel() :].split([flat, flat * segments])
         tuning.launch(
-            head_threshold_kernel, (tiles, flat),
-            *inputs, best, thresholds, tallies, arrived, cursors,
+            head_threshold_kernel, grid,
+            q_means, k_means, *inputs, best, thresholds, tallies, arrived, cursors,
             budgets.new_empty(flat, 2 * CANDIDATES), *numbers, room, mask_step,
-            CB=tile_cols, SEGMENTS=segments, FIRST_BITS=FIRST_BITS, CANDIDATES=CANDIDATES,
-            BY_COUNT=by_count, num_warps=4, num_stages=2, **shared,
+            SEGMENTS=segments, FIRST_BITS=FIRST_BITS, CANDIDATES=CANDIDATES,
+            num_warps=4, **by_count, **shared,
         )  # fmt: skip
-    words = -(-cols // 32)
-    pooled, rescue = settings.coarse == "pooled", settings.coarse == "none"
-    opened = q_means.new_empty((flat, rows, words), dtype=torch.int32)
-    rescued = q_means.new_empty((flat, rows), dtype=torch.int32) if rescue else None
-    peak, mass = (q_means.new_empty(flat, rows) if pooled else None for _ in range(2))
-    weighted = q_means.new_empty(flat, rows, value_width) if pooled else None
     tuning.launch(
-        open_kernel, (tiles, flat),
-        q_means, k_means, v_means if pooled else q_means, tables.rows, tables.keys_per_block,
-        tables.first, best, thresholds, opened, rescued, peak, mass, weighted,
-        *numbers, room, words, thresholds.shape[1], mask_step,
-        DV=value_width, DVP=tuning.padded(value_width), CB=tile_cols,
-        BY_ROW=settings.by_row, POOLED=pooled, RESCUE=rescue, num_warps=4, num_stages=2, **shared,
+        open_kernel, grid,
+        q_means, k_means, values, tables.rows, tables.keys_per_block, tables.first, best,
+        thresholds, *plan, *numbers, room, words, thresholds.shape[1], mask_step,
+        num_warps=4, **opening, **shared,
     )  # fmt: skip
-    return Plan(opened, rescued, peak, mass, weighted)
+    return plan
 
 
-def tally_space(flat: int, tables: MaskTables, settings: Settings) -> int:
-    """How many zeros, int64, `select` needs for ``flat`` heads in all batch entries."""
-    if settings.by_row:
+def _one_tile(tables: MaskTables, width: int, settings: Settings) -> tuple[int, int] | None:
+    """Rows and columns of a tile that holds all pairs that compete for a budget, if one can."""
+    rows, cols = tables.rows.shape[1], max(32, tuning.padded(tables.keys_per_block.shape[1]))
+    tile_rows = 16 if settings.by_row or rows <= 16 else 32
+    fits = tile_rows * cols <= LARGEST_TILE and cols * width <= 4 * LARGEST_TILE
+    return (tile_rows, cols) if fits and (settings.by_row or rows <= tile_rows) else None
+
+
+def tally_space(flat: int, tables: MaskTables, width: int, settings: Settings) -> int:
+    """How many zeros, int64, `select` needs for ``flat`` heads in all batch entries; ``width``: the
+    wider of keys and values."""
+    if settings.by_row or _one_tile(tables, width, settings) is not None:
         return 0
     segments = _segments(tables)
     return flat * ((segments << FIRST_BITS) + 1 + segments)

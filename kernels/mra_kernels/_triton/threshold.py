@@ -120,14 +120,11 @@ def row_threshold_kernel(
     Q_MEANS, K_MEANS, ROWS, KEYS, BUDGETS, FIRSTS, BEST, THRESHOLDS,
     scaling, softcap, offset, heads, rows, cols, room, mask_step,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIDE: tl.constexpr,
-    QUERY_ROWS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ONE_TILE: tl.constexpr,
+    QUERY_ROWS: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
     BY_COUNT: tl.constexpr, LESS_BEST: tl.constexpr, CAPPED: tl.constexpr,
     FIRST: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The lowest key that is paid for, of each row of blocks. Grid: (tiles of rows, batch * heads).
-
-    With ``ONE_TILE`` a tile holds all columns, and keys are worked out once.
-    """
+    """The lowest key that is paid for, of each row of blocks. Grid: (tiles, batch * heads)."""
     head = tl.program_id(1).to(tl.int64)
     batch = head // heads * mask_step
     K_MEANS += head // GROUP * room * D
@@ -152,23 +149,16 @@ def row_threshold_kernel(
     threshold = tl.full([RB], NOTHING, tl.int64)
     searching = left >= 0
     begin, end = run_of_rows(whole_first, whole_stop, inside, cols, CB)
-    key, worth = _keys_and_worth(
-        q, K_MEANS, KEYS, row, begin + tl.arange(0, CB), best, n_queries, whole_first,
-        whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
-        D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
-    )  # fmt: skip
     shift = KEY_BITS - _BUCKET_BITS
     while (shift >= 0) & (tl.max(searching.to(tl.int32), 0) > 0):
-        tally = _tally(key, worth, low[:, None], shift)
-        if not ONE_TILE:
-            for col_0 in range(begin + CB, end, CB):
-                next_key, next_worth = _keys_and_worth(
-                    q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries,
-                    whole_first, whole_stop, inside, cols, scaling, softcap, offset,
-                    first_row, first_col,
-                    D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
-                )  # fmt: skip
-                tally += _tally(next_key, next_worth, low[:, None], shift)
+        tally = tl.zeros([RB, _BUCKETS], tl.int64)
+        for col_0 in range(begin, end, CB):
+            key, worth = _keys_and_worth(
+                q, K_MEANS, KEYS, row, col_0 + tl.arange(0, CB), best, n_queries, whole_first,
+                whole_stop, inside, cols, scaling, softcap, offset, first_row, first_col,
+                D, DP, SIDE, QUERY_ROWS, RB, CB, BY_COUNT, CAPPED, FIRST, DIAGONAL, PRECISION,
+            )  # fmt: skip
+            tally += _tally(key, worth, low[:, None], shift)
         chosen, bottom, count, rest = _narrowed(tally, low, left, shift)
         # No bucket costs too much: all are paid for. One pair left: it is the one that does.
         found = tl.where(chosen < 0, low, bottom + (tl.full([RB], 1, tl.int64) << shift))
