@@ -17,7 +17,9 @@ from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa
 from mra_kernels.testing import make_qkv  # noqa: E402
 from triton_cases import launched_by, plainly  # noqa: E402
 from triton_cpu import Executor  # noqa: E402
-from triton_static.predict import SWEEPS  # noqa: E402
+from triton_static.cases import Case, launches  # noqa: E402
+from triton_static.model import GPUS, Call, forward  # noqa: E402
+from triton_static.predict import SWEEPS, kernels_of  # noqa: E402
 
 N, SIDE = 4096, 32
 BACKWARD = {"pooled": 5, "per_query": 5, "none": 3}
@@ -64,6 +66,32 @@ def test_launches(coarse):
     _, forward, backward, _ = run(coarse)
     assert len(forward) <= 4
     assert len(backward) == BACKWARD[coarse]
+
+
+@pytest.mark.parametrize("query_rows", [None, 128])
+@pytest.mark.parametrize("n", [512, 1024, 2048, 4096])
+def test_predictions_launch_what_is_launched(n, query_rows):
+    """Short sequences are chosen and opened in one launch."""
+    call = Call(n, 64, 0.1, side=SIDE, query_rows=query_rows)
+    predicted = forward(GPUS["H100"], call, kernels_of("H100", 64), SWEEPS)
+    assert predicted.launches == len(launches(Case("", n=n, query_rows=query_rows), "sm_90"))
+    assert predicted.launches == (3 if n * n // (query_rows or SIDE) <= 1024 * SIDE else 4)
+
+
+def test_queries_that_share_a_list_read_it_once():
+    query, key, value = (
+        x.to(torch.bfloat16) for x in make_qkv(0, 1, 2, 1, 2048, 2048, 128, 128, torch.float32)
+    )
+    config = MraAttentionConfig(resolutions=(SIDE, 1), budget=0.1, query_rows=128)
+    with Executor(ones=False, distinct=True) as executor, launched_by(plainly):
+        result = mra_attention(query, key, value, config=config, impl="triton")
+    attend = executor.launches[-1]
+    fine, of_block = result.selection.fine, 2 * SIDE * 128 * 2
+    lists = torch.stack([fine.head, fine.row], 1).unique(dim=0, return_counts=True)[1]
+    least, most = lists.sum() * of_block, (lists + lists % 2).sum() * of_block
+    assert attend.values["BM"] == 128
+    # Two blocks a step: lists of odd length end in one that is masked off.
+    assert least <= attend.loaded_bytes["K"] + attend.loaded_bytes["V"] <= most
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -27,15 +27,28 @@ def repaired():
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype", "tolerance"),
+    ("config", "dtype", "tolerance", "in_tiles"),
     [
-        (MraAttentionConfig((64, 1), 0.3), torch.float32, 1e-5),
-        (MraAttentionConfig((32, 1), 0.3, coarse="per_query", scope="row"), torch.bfloat16, 0.03),
-        (MraAttentionConfig((16, 1), 0.2, coarse="none", first_blocks=1), torch.float16, 0.003),
+        (MraAttentionConfig((64, 1), 0.3), torch.float32, 1e-5, True),
+        (
+            MraAttentionConfig((32, 1), 0.3, coarse="per_query", scope="row"),
+            torch.bfloat16,
+            0.03,
+            True,
+        ),
+        (
+            MraAttentionConfig((16, 1), 0.2, coarse="none", first_blocks=1),
+            torch.float16,
+            0.003,
+            False,
+        ),
+        (MraAttentionConfig((32, 1), 0.3, query_rows=128), torch.float32, 1e-5, False),
     ],
-    ids=["pooled", "per query", "none"],
+    ids=["pooled", "per query", "none", "shared lists"],
 )
-def test_forward_and_backward(config, dtype, tolerance):
+def test_forward_and_backward(config, dtype, tolerance, in_tiles, monkeypatch):
+    if in_tiles:  # blocks are chosen by several programs a head, as in long sequences
+        monkeypatch.setattr("mra_kernels._triton.selection.LARGEST_TILE", 0)
     tokens = make_qkv(4, batch=1, heads=2, kv_heads=1, n=150, m=150, d=24, dv=16, dtype=dtype)
     tokens = [x.requires_grad_() for x in tokens]
     mask = AttentionMask.causal(150)

@@ -109,6 +109,7 @@ def test_a_row_that_sees_nothing_passes_no_gradient_to_keys():
     torch.testing.assert_close(dv, torch.full_like(dv, 2 * 4 / 40))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "change"),
     [
@@ -119,13 +120,15 @@ def test_a_row_that_sees_nothing_passes_no_gradient_to_keys():
         ("padding rows", {"score": "mu", "blocks_per_row": 3}),
     ],
 )
-def test_ties_are_broken_as_the_specification_does(inputs, change, monkeypatch):
+def test_ties_are_broken_as_the_specification_does(inputs, change, at_once, monkeypatch, executor):
     """Scores that are exact in any order of summation, many of them equal, and hardly any room to
-    write candidates down, so that every way of searching is taken."""
+    write candidates down, so that every way of searching is taken; and all of them in one tile."""
     from mra_kernels._triton import selection
 
     monkeypatch.setattr(selection, "CANDIDATES", 16)
-    monkeypatch.setattr(selection, "LARGEST_TILE", 0)
+    monkeypatch.setattr(selection, "LARGEST_TILE", 2048 * 16 if at_once else 0)
+    if at_once:
+        change = {**change, "query_rows": 32}
     generator = torch.Generator().manual_seed(5)
     query, key = (
         torch.randint(-3, 4, (2, 2, 640, 16), generator=generator).float() for _ in range(2)
@@ -141,6 +144,7 @@ def test_ties_are_broken_as_the_specification_does(inputs, change, monkeypatch):
     config = MraAttentionConfig((16, 1), 0.2, diagonal_blocks=1, **change)
     call = {"config": config, "mask": mask, "scaling": 0.5}
     ours = mra_attention(query, key, key, impl="triton", **call).selection
+    assert len(executor.launches) == (3 if at_once else 4)
     theirs = mra_attention(query, key, key, impl="reference", **call).selection
     for a, b in ((ours.fine, theirs.fine), (ours.coarse[0], theirs.coarse[0])):
         for field in ("head", "row", "col", "legal", "logit"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ def figures(architecture: str, case: str) -> dict[str, Compiled]:
     return rows
 
 
+@functools.cache
 def baseline() -> tuple[str, dict[str, Compiled]]:
     """The version of Triton that the file was written with, and its rows."""
     data = json.loads(FILE.read_text())

@@ -13,7 +13,7 @@ from mra_kernels._triton import tuning
 from triton_static.compiled import CAPABILITIES, TARGETS, Planned, recorded
 
 N = 16384
-"""Length of the calls: long enough for what is cut by length to be at its longest."""
+"""Length of most calls: long enough for what is cut by length to be at its longest."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,31 @@ class Case:
     coarse: str = "pooled"
     query_rows: int | None = None
     backward: bool = False
+    n: int = N
     kernels: tuple[str, ...] = ()
     architectures: tuple[str, ...] = tuple(TARGETS)
 
 
 _ATTEND = ("forward_kernel",)
+_CHOOSE = ("choose_kernel",)
 _TWO = ("sm_80", "sm_90")
 _WIDE = ("sm_80", "sm_90", "sm_100", "sm_120")
 CASES = [
     Case("d64"),
     Case("d128", width=128),
-    Case("d64 shared", query_rows=128, kernels=_ATTEND, architectures=_WIDE),
+    Case("d64 shared", query_rows=128, kernels=_ATTEND, architectures=("sm_90", "sm_100")),
     Case("d128 shared", width=128, query_rows=128, kernels=_ATTEND, architectures=_WIDE),
+    Case("d64 512 tokens", n=512, kernels=_CHOOSE, architectures=_TWO),
+    Case("d64 1k", n=1024, kernels=_CHOOSE),
+    Case("d128 1k", width=128, query_rows=64, n=1024, kernels=_CHOOSE, architectures=_TWO),
+    Case(
+        "backward d128 shared",
+        width=128,
+        query_rows=128,
+        backward=True,
+        kernels=("backward_query_kernel",),
+        architectures=("sm_90",),
+    ),
     Case("backward d64", backward=True),
     Case("backward d128", width=128, backward=True),
     Case("d64 per_query", coarse="per_query", kernels=_ATTEND, architectures=_TWO),
@@ -58,14 +71,14 @@ def _as_on(architecture: str) -> Iterator[None]:
         tuning.capability, tuning.LAUNCHER = before
 
 
-def launches(case: Case, architecture: str, n: int = N) -> list[Planned]:
+def launches(case: Case, architecture: str) -> list[Planned]:
     """What the call launches there; nothing is run, and nobody looks at results."""
-    query = torch.zeros(1, 2, n, case.width, dtype=case.dtype)
-    key, value = (torch.zeros(1, 1, n, case.width, dtype=case.dtype) for _ in range(2))
+    query = torch.zeros(1, 2, case.n, case.width, dtype=case.dtype)
+    key, value = (torch.zeros(1, 1, case.n, case.width, dtype=case.dtype) for _ in range(2))
     config = MraAttentionConfig(
         resolutions=(32, 1), budget=0.1, coarse=case.coarse, query_rows=case.query_rows
     )
-    mask = AttentionMask.causal(n)
+    mask = AttentionMask.causal(case.n)
     for tensor in (query, key, value):
         tensor.requires_grad_(case.backward)
     with _as_on(architecture), recorded() as planned:

@@ -66,6 +66,7 @@ class Compiled:
         tensor_bytes: Columns of tensor memory (Blackwell).
         matrix: Matrix instructions in the hot loop, by name.
         pipelined: Whether the hot loop starts loads that a later turn waits for (on AMD: loads).
+        instructions: In all.
         loop: Instructions of the hot loop: the innermost one with most matrix instructions.
         longest: The same of the longest innermost loop with any.
         programs: Resident per multiprocessor; 0: cannot be launched.
@@ -81,6 +82,7 @@ class Compiled:
     tensor_bytes: int
     matrix: Mapping[str, int]
     pipelined: bool
+    instructions: int
     loop: int
     longest: int
     programs: int
@@ -131,7 +133,7 @@ def compiled(call: Specialization, architecture: str) -> Compiled:
     return figures
 
 
-_VERSION = b"4"
+_VERSION = b"5"
 """Change it with what is measured: older rows are not looked at any more."""
 
 
@@ -157,6 +159,7 @@ def _figures(call: Specialization, kernel: Any, architecture: str) -> Compiled:
         tensor,
         code.matrix,
         code.pipelined,
+        code.instructions,
         code.loop,
         code.longest,
         programs,

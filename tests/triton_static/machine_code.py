@@ -32,6 +32,7 @@ class Code:
     spills: int
     matrix: Mapping[str, int]
     pipelined: bool
+    instructions: int
     loop: int
     longest: int
 
@@ -47,7 +48,7 @@ def nvidia(cubin: bytes) -> Code:
     assert registers, usage
     names, loops = _loops(text, _INSTRUCTION)
     total, bodies = Counter(names), _bodies(names, loops)
-    return _code(int(registers.group(1)), total["STL"] + total["LDL"], bodies)
+    return _code(int(registers.group(1)), total["STL"] + total["LDL"], len(names), bodies)
 
 
 def amd(text: str) -> Code:
@@ -56,15 +57,17 @@ def amd(text: str) -> Code:
     def last(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
 
-    bodies = _bodies(*_loops(text, _AMD_INSTRUCTION))
-    return _code(last("vgpr_count"), last("vgpr_spill_count"), bodies)
+    names, loops = _loops(text, _AMD_INSTRUCTION)
+    bodies = _bodies(names, loops)
+    return _code(last("vgpr_count"), last("vgpr_spill_count"), len(names), bodies)
 
 
-def _code(registers: int, spills: int, bodies: list[Counter[str]]) -> Code:
+def _code(registers: int, spills: int, instructions: int, bodies: list[Counter[str]]) -> Code:
     hot = max(bodies, key=_heat, default=Counter())
     ahead = any(_AHEAD.match(name) for name in hot)
     heavy = [sum(body.values()) for body in bodies if _matrix(body) or not _matrix(hot)]
-    return Code(registers, spills, _matrix(hot), ahead, sum(hot.values()), max(heavy, default=0))
+    longest = max(heavy, default=0)
+    return Code(registers, spills, _matrix(hot), ahead, instructions, sum(hot.values()), longest)
 
 
 def _matrix(body: Counter[str]) -> dict[str, int]:

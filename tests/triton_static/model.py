@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mra_kernels._triton import selection
 from triton_static.compiled import Compiled
 
 HEADS = 32
@@ -18,6 +19,9 @@ DERATE = 0.65
 """Share of the bound below that a kernel reaches: a dense Triton kernel's bound by the same rule is
 604 and 627 TFLOP/s on an H100 at widths 64 and 128, and 403 and 395 were published."""
 LAUNCH_MS = 0.004
+TURNS = 7
+"""Of the search among the pairs of a short sequence: at most so many in hundreds of samples of
+noise, 16 to 32 blocks, budgets of 5 to 25 %."""
 LONE_CYCLES = 2.0
 """Cycles per instruction of a program that has a multiprocessor to itself, per scheduler."""
 
@@ -82,22 +86,25 @@ def dense_ms(gpu: Gpu, n: int, width: int, causal: bool) -> float:
 
 @dataclass(frozen=True)
 class Parts:
-    """Milliseconds of a forward pass, by launch."""
+    """Milliseconds of a forward pass, by launch; short sequences are chosen and opened in one."""
 
     pool: float
-    threshold: float
-    open: float
+    choose: tuple[float, ...]
     attend: float
 
     @property
     def total(self) -> float:
-        return self.pool + self.threshold + self.open + self.attend
+        return self.pool + sum(self.choose) + self.attend
+
+    @property
+    def launches(self) -> int:
+        return 2 + len(self.choose)
 
 
 @dataclass(frozen=True)
 class Call:
     """Which call; ``shared``: of the key blocks that a tile of queries opens, how many each of its
-    rows of blocks opened on average (1: they agree)."""
+    rows of blocks opened on average (1: they agree); ``query_rows``: as in the config."""
 
     n: int
     width: int
@@ -105,6 +112,12 @@ class Call:
     causal: bool = False
     side: int = 64
     shared: float = 1.0
+    query_rows: int | None = None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        return math.ceil(self.n / (self.query_rows or self.side)), math.ceil(self.n / self.side)
 
 
 def forward(
@@ -114,36 +127,62 @@ def forward(
 
     Args:
         gpu, call: Where, and what.
-        kernels: Those of the call, by name.
+        kernels: Those of the call, by case and name.
         sweeps: How often programs go over all pairs of blocks: ``threshold`` by all of a head's
             programs, ``alone`` by the one that comes last, ``open``; counted by the executor.
     """
-    n, width, blocks = call.n, call.width, math.ceil(call.n / call.side)
+    n, width, (rows, cols) = call.n, call.width, call.blocks
     read = 3 * HEADS * n * width * 2
-    wrote = 3 * HEADS * blocks * width * 4
+    wrote = HEADS * (rows + 2 * cols) * width * 4
     pool = (read + wrote) / (0.8 * gpu.memory) * 1e3
-    threshold, opener = kernels["head_threshold_kernel"], kernels["open_kernel"]
-    chosen = _over_pairs(gpu, threshold, blocks, width, sweeps["threshold"])
-    chosen += _alone(gpu, threshold, blocks, sweeps["alone"])
-    opened = _over_pairs(gpu, opener, blocks, width, sweeps["open"])
-    attend = _attend(gpu, kernels["forward_kernel"], call)
-    return Parts(*(part + LAUNCH_MS for part in (pool, chosen, opened, attend)))
+    short = _at_once_kernel(kernels, call)
+    if short is not None:
+        chosen = [_at_once(gpu, short)]
+    else:
+        threshold, opener = kernels["head_threshold_kernel"], kernels["open_kernel"]
+        chosen = [_over_pairs(gpu, threshold, call.blocks, width, sweeps["threshold"])]
+        chosen[0] += _alone(gpu, threshold, call.blocks, sweeps["alone"])
+        chosen += [_over_pairs(gpu, opener, call.blocks, width, sweeps["open"])]
+    wide = call.query_rows is not None and "shared forward_kernel" in kernels
+    attend = _attend(gpu, kernels["shared forward_kernel" if wide else "forward_kernel"], call)
+    return Parts(pool + LAUNCH_MS, tuple(part + LAUNCH_MS for part in chosen), attend + LAUNCH_MS)
 
 
-def _over_pairs(gpu: Gpu, kernel: Compiled, blocks: int, width: int, sweeps: int) -> float:
+def _at_once_kernel(kernels: Mapping[str, Compiled], call: Call) -> Compiled | None:
+    """The smallest kernel compiled that holds all pairs of a head; None: a tile can't."""
+    tile = selection.one_tile(*call.blocks, call.width, by_row=False)
+    if tile is None:
+        return None
+    sizes = [
+        (k.constants["RB"] * k.constants["CB"], k) for n, k in kernels.items() if "choose" in n
+    ]
+    return min((x for x in sizes if x[0] >= tile[0] * tile[1]), key=lambda x: x[0])[1]
+
+
+def _at_once(gpu: Gpu, kernel: Compiled) -> float:
+    """One program per head scores its pairs once, searches among them, and opens."""
+    instructions = kernel.instructions + (TURNS - 1) * kernel.loop
+    cycles = instructions * LONE_CYCLES * max(1, kernel.warps / 4)
+    return cycles * math.ceil(HEADS / gpu.units) / gpu.clock * 1e3
+
+
+def _over_pairs(
+    gpu: Gpu, kernel: Compiled, blocks: tuple[int, int], width: int, sweeps: int
+) -> float:
     """All programs score all pairs of blocks."""
     rows, cols = kernel.constants["RB"], kernel.constants["CB"]
-    row_tiles = HEADS * math.ceil(blocks / rows)
-    steps = math.ceil(blocks / cols) * sweeps
+    row_tiles = HEADS * math.ceil(blocks[0] / rows)
+    steps = math.ceil(blocks[1] / cols) * sweeps
     cycles = max(kernel.longest * kernel.warps / 4, cols * width * 4 / _cache_rate(gpu))
     rounds = max(row_tiles, gpu.units) / gpu.units
     lone = kernel.longest * LONE_CYCLES * kernel.warps / 4
     return max(rounds * cycles / DERATE, lone) * steps / gpu.clock * 1e3
 
 
-def _alone(gpu: Gpu, kernel: Compiled, blocks: int, sweeps: int) -> float:
+def _alone(gpu: Gpu, kernel: Compiled, blocks: tuple[int, int], sweeps: int) -> float:
     """One program per head scores all pairs of blocks."""
-    steps = math.ceil(blocks / kernel.constants["RB"]) * math.ceil(blocks / kernel.constants["CB"])
+    rows, cols = kernel.constants["RB"], kernel.constants["CB"]
+    steps = math.ceil(blocks[0] / rows) * math.ceil(blocks[1] / cols)
     cycles = kernel.longest * LONE_CYCLES * kernel.warps / 4
     return steps * sweeps * cycles * max(1, HEADS / gpu.units) / gpu.clock * 1e3
 
@@ -190,7 +229,7 @@ def break_even(
     last = 0
     lengths = [*range(256, 4096, 64), *range(4096, 131073, 1024)]
     for n in lengths:
-        one = Call(n, call.width, call.budget, call.causal, call.side, call.shared)
+        one = replace(call, n=n)
         if forward(gpu, one, kernels, sweeps).total >= dense_ms(gpu, n, call.width, call.causal):
             last = n
     return None if last == lengths[-1] else next(n for n in lengths if n > last)

@@ -80,9 +80,10 @@ def pairs_between(col, first, stop, real):
 @triton.jit
 def store_opened(OPEN, opened, col_0, words, inside, RB: tl.constexpr, CB: tl.constexpr):
     """Bits of the pairs ``[RB, CB]``, to rows of words ``OPEN`` ``[RB, 1]``."""
-    bits = tl.reshape(opened.to(tl.int32), [RB, CB // 32, 32])
-    sums = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
-    word = col_0 // 32 + tl.arange(0, CB // 32)
+    WIDTH: tl.constexpr = 32 if CB > 32 else CB
+    bits = tl.reshape(opened.to(tl.int32), [RB, CB // WIDTH, WIDTH])
+    sums = tl.sum(bits << tl.arange(0, WIDTH)[None, None, :], 2)
+    word = col_0 // 32 + tl.arange(0, CB // WIDTH)
     tl.store(OPEN + word[None, :], sums, mask=inside[:, None] & (word < words)[None, :])
 
 

@@ -40,8 +40,8 @@ from mra_kernels._triton.threshold import (
     row_threshold_kernel,
 )
 
-LARGEST_TILE = 1 << 11
-"""Pairs that a program can hold at once, and a quarter of the numbers in the means of keys."""
+LARGEST_TILE = 1 << 16
+"""Pairs that a program can hold at once, times the width of heads."""
 
 
 @triton.jit
@@ -156,10 +156,12 @@ def select(
     value_width = width if v_means is None else v_means.shape[-1]
     flat, words = batch * heads, -(-cols // 32)
     pooled, rescue = settings.coarse == "pooled", settings.coarse == "none"
+    peak, mass = (q_means.new_empty(flat, rows) if pooled else None for _ in range(2))
     plan = Plan(
         q_means.new_empty((flat, rows, words), dtype=torch.int32),
         q_means.new_empty((flat, rows), dtype=torch.int32) if rescue else None,
-        *(q_means.new_empty(flat, rows) if pooled else None for _ in range(2)),
+        peak,
+        mass,
         q_means.new_empty(flat, rows, value_width) if pooled else None,
     )
     values = v_means if pooled else q_means
@@ -188,12 +190,13 @@ def select(
         "POOLED": pooled,
         "RESCUE": rescue,
     }
-    tile = _one_tile(tables, max(width, value_width), settings)
+    tile = one_tile(rows, cols, max(width, value_width), settings.by_row)
     if tile is not None:
         tuning.launch(
             choose_kernel, (-(-rows // tile[0]), flat),
             q_means, k_means, values, *inputs, *plan, *numbers, room, words, mask_step,
-            RB=tile[0], CB=tile[1], SEGMENTS=_segments(tables), num_warps=4,
+            RB=tile[0], CB=tile[1], SEGMENTS=_segments(tables),
+            num_warps=4,
             **by_count, **opening, **shared,
         )  # fmt: skip
         return plan
@@ -226,18 +229,18 @@ def select(
     return plan
 
 
-def _one_tile(tables: MaskTables, width: int, settings: Settings) -> tuple[int, int] | None:
+def one_tile(rows: int, cols: int, width: int, by_row: bool) -> tuple[int, int] | None:
     """Rows and columns of a tile that holds all pairs that compete for a budget, if one can."""
-    rows, cols = tables.rows.shape[1], max(32, tuning.padded(tables.keys_per_block.shape[1]))
-    tile_rows = 16 if settings.by_row or rows <= 16 else 32
-    fits = tile_rows * cols <= LARGEST_TILE and cols * width <= 4 * LARGEST_TILE
-    return (tile_rows, cols) if fits and (settings.by_row or rows <= tile_rows) else None
+    tile_rows, tile_cols = 16 if by_row or rows <= 16 else 32, tuning.padded(cols)
+    fits = tile_rows * tile_cols * tuning.padded(width) <= LARGEST_TILE
+    return (tile_rows, tile_cols) if fits and (by_row or rows <= tile_rows) else None
 
 
 def tally_space(flat: int, tables: MaskTables, width: int, settings: Settings) -> int:
     """How many zeros, int64, `select` needs for ``flat`` heads in all batch entries; ``width``: the
     wider of keys and values."""
-    if settings.by_row or _one_tile(tables, width, settings) is not None:
+    rows, cols = tables.rows.shape[1], tables.keys_per_block.shape[1]
+    if settings.by_row or one_tile(rows, cols, width, settings.by_row) is not None:
         return 0
     segments = _segments(tables)
     return flat * ((segments << FIRST_BITS) + 1 + segments)

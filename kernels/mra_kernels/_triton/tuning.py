@@ -69,6 +69,9 @@ def table(
         dtype: Of the inputs.
         query_rows: Queries that share a list.
     """
+    shared = query_rows >= 128 and dtype.itemsize == 2 and width <= 128
+    if kernel == "backward_query" and shared and capability == (9, 0) and width > 64:
+        return Tiles(128, 64, 8, 2)
     if kernel != "forward":
         small = dtype.itemsize > 2 or width > 128
         return Tiles(64, 64 if width <= 128 else 32, 4 if width <= 64 else 8, 1 if small else 2)
@@ -76,7 +79,7 @@ def table(
         return Tiles(32, 32, 8, 1)
     if width > 128:
         return Tiles(64, 32, 8, 2)
-    if query_rows >= 128 and _gains_from_wide_tiles(capability, width):
+    if shared and _gains_from_wide_tiles(capability, width):
         registers = 128 if capability == (9, 0) and width <= 64 else None
         return Tiles(128, 64, 8, 2, registers)
     return Tiles(64, 64, 4 if width <= 64 or capability == (9, 0) else 8, 2)
