@@ -278,7 +278,7 @@ class AttentionMask:
         if self.query_valid is None:
             shape = (batch_size, -(-self.n_queries // query_rows))
             return torch.zeros(shape, dtype=torch.bool, device=self.start.device)
-        return _block_sum(self.query_valid.long(), query_rows) == 0
+        return (_block_sum(self.query_valid.long(), query_rows) == 0).expand(batch_size, -1)
 
     def block_row_entries(self, query_rows: int, batch_size: int) -> Tensor:
         """Legal entries of each row of blocks, int64 ``[B, blocks]``."""
