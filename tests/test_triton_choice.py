@@ -14,6 +14,7 @@ from mra_kernels import (
     PRESETS,
     AttentionMask,
     MraAttentionConfig,
+    MraKeysConfig,
     implementations,
     mra_attention,
     reason_against,
@@ -34,7 +35,7 @@ def anywhere(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"config": PRESETS["mra"]}, r"no kernel for single keys.*mra2"),
+        ({"config": MraKeysConfig(rows=20)}, r"blocks of 16, 32 or 64 queries, got 20"),
         ({"config": PRESETS["mra3"]}, r"two resolutions like \(32, 1\), got \(16, 4, 1\)"),
         ({"config": MraAttentionConfig(resolutions=(8, 1))}, r"blocks of 16, 32 or 64, got 8"),
         ({"config": MraAttentionConfig(query_rows=96)}, r"powers of two up to 1024 .*, got 96"),

@@ -65,8 +65,8 @@ def mra_attention(
         sinks: Logits that only feed the denominator, ``[H]``.
         bias: Added to the logits, ``[B or 1, H or 1, N, M]``.
         impl: ``reference`` (plain torch, every device and dtype, gradients), ``native`` (C++ on
-            CPUs), ``triton`` (GPUs, two resolutions, gradients), or ``auto``: the fastest that can
-            take the call, named in the result.
+            CPUs), ``triton`` (GPUs; two resolutions with gradients, single keys without), or
+            ``auto``: the fastest that can take the call, named in the result.
         selection: The blocks or keys to open, from another call with the same config and mask,
             instead of choosing them; ``reference`` only.
         pyramid: Block means of these keys and values, kept from call to call (`KeyPyramid`), for a
@@ -104,6 +104,8 @@ def mra_attention(
         assert not isinstance(selection, Selection)
         if impl == "native":
             output, lse, plan = native.keys_native(*call, config, rule, sinks)
+        elif impl == "triton":
+            output, lse, plan = _triton.keys_triton(*call, config, rule, sinks)
         else:
             output, lse, plan = keys_reference(*call, config, rule, sinks, selection)
     else:

@@ -14,6 +14,7 @@ from mra_kernels.masks import AttentionMask
 
 if TYPE_CHECKING:
     from mra_kernels.decode import KeyPyramid
+    from mra_kernels.keys import KeyChoice
     from mra_kernels.scores import ScoreRule
     from mra_kernels.selection import Selection
 
@@ -23,7 +24,14 @@ _MOST_ROWS = 1024
 _MOST_PAIRS, _MOST_ENTRIES = 1 << 27, 1 << 36
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
-__all__ = ["block_means", "mra_triton", "reason_against", "reason_here", "runs_on_cpu"]
+__all__ = [
+    "block_means",
+    "keys_triton",
+    "mra_triton",
+    "reason_against",
+    "reason_here",
+    "runs_on_cpu",
+]
 
 
 def reason_against(
@@ -46,6 +54,9 @@ def reason_against(
         return "triton has no kernel for a bias"
     if mask is not None and mask.dense is not None:
         return "triton takes masks that are intervals and padding, not any matrix"
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if wanted and isinstance(config, MraKeysConfig):
+        return "triton has no backward pass for single keys ('mra')"
     if mask is not None and isinstance(config, MraAttentionConfig):
         entries, (rows, side) = mask.n_queries * mask.n_keys, config.block_shapes[0]
         if entries > _MOST_ENTRIES or entries / rows / side > _MOST_PAIRS:
@@ -55,7 +66,9 @@ def reason_against(
 
 def _against_config(config: MraAttentionConfig | MraKeysConfig | None) -> str | None:
     if isinstance(config, MraKeysConfig):
-        return "triton has no kernel for single keys ('mra'), only for blocks ('mra2', 'mra2s')"
+        if config.rows not in SIDES:
+            return f"triton takes blocks of 16, 32 or 64 queries, got {config.rows}"
+        return None
     if config is not None and len(config.resolutions) != 2:
         return f"triton takes two resolutions like (32, 1), got {config.resolutions}"
     if config is not None and config.resolutions[0] not in SIDES:
@@ -122,6 +135,22 @@ def mra_triton(
         keys, values = pyramid.blocks(key.shape[2])
         means = keys[config.resolutions[0]], values[config.resolutions[0]]
     return autograd.mra_triton(query, key, value, mask, config, rule, sinks, means)
+
+
+def keys_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    config: MraKeysConfig,
+    rule: ScoreRule,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, KeyChoice]:
+    """Attention with opened keys exact; arguments and results as in `keys_reference`, lse in
+    float32. No gradients."""
+    from mra_kernels._triton import keys
+
+    return keys.keys_triton(query, key, value, mask, config, rule, sinks)
 
 
 def block_means(

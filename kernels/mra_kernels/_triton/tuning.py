@@ -47,7 +47,7 @@ _MI300 = (9, 4), (9, 5)
 
 OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
 """Tiles to use instead of the table's, by (kernel, padded head width, dtype); kernel is
-``forward``, ``backward_query`` or ``backward_key``."""
+``forward``, ``backward_query``, ``backward_key``, ``keys_tail`` or ``keys_forward``."""
 
 
 def tiles(kernel: str, query: Tensor, value: Tensor, query_rows: int) -> Tiles:
@@ -90,6 +90,22 @@ def _gains_from_wide_tiles(capability: tuple[int, int], width: int) -> bool:
     if capability in _MI300:
         return False
     return width > 64 or (9, 0) <= capability < (12, 0)
+
+
+def key_tiles(kernel: str, query: Tensor, value: Tensor) -> Tiles:
+    """The same of single keys: ``keys_tail``, whose rows are mean queries, or ``keys_forward``,
+    whose rows are those of a block, and whose keys come one by one."""
+    width = max(padded(query.shape[-1]), padded(value.shape[-1]))
+    chosen = OVERRIDES.get((kernel, width, query.dtype))
+    if chosen is not None:
+        return chosen
+    half = query.dtype.itemsize <= 2
+    if kernel == "keys_tail":
+        halves = Tiles(32 if width <= 128 else 16, 64 if width <= 64 else 32, 4, 2)
+        return halves if half else Tiles(16, 32, 8, 1)
+    if half:
+        return Tiles(16, 64 if width <= 128 else 32, 4, 2)
+    return Tiles(16, 32, 4, 1) if width <= 64 else Tiles(16, 16, 8, 1)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
