@@ -18,6 +18,15 @@ from triton_static.baseline import baseline, figures, groups  # noqa: E402
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
 """What their matrix instructions are called; a tile too small gets slower ones on sm_90."""
 
+BYTES = {
+    "sm_80": "IMMA",
+    "sm_90": "IGMMA",
+    "sm_100": "UTCI",
+    "sm_120": "IMMA",
+    "gfx942": "v_mfma_i32",
+}
+"""The same of bytes: what estimates scores for single keys."""
+
 MAIN = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """Where the time goes: in half types these must be pipelined and reach the tensor cores."""
 
@@ -67,6 +76,11 @@ def test_kernels_compile_well(architecture, case):
             assert row.pipelined, f"{name} waits for its loads: {row}"
             kinds = [kind for kind in row.matrix if kind.startswith(MATRIX[architecture])]
             assert kinds, f"{name} misses the tensor cores: {row.matrix}"
+        if case.startswith("mra "):
+            of_bytes = row.kernel in ("estimate_kernel", "open_kernel")
+            wanted = BYTES[architecture] if of_bytes else ("HMMA", "v_mfma_f32")
+            assert any(kind.startswith(wanted) for kind in row.matrix), f"{name}: {row.matrix}"
+            assert row.pipelined, f"{name} waits for its loads: {row}"
         if version == triton.__version__:
             known = before[name]
             better = "if that is wanted: make baseline"

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa: E402
+from mra_kernels import AttentionMask, MraAttentionConfig, MraKeysConfig, mra_attention  # noqa: E402
 from mra_kernels.testing import make_qkv  # noqa: E402
 
 
@@ -63,3 +63,16 @@ def test_forward_and_backward(config, dtype, tolerance, in_tiles, monkeypatch):
     theirs = torch.autograd.grad(exact.output, double, grad.double())
     for got, expected in zip(ours, theirs, strict=True):
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_single_keys():
+    """The same keys as the specification's, and their sums."""
+    tokens = make_qkv(4, batch=1, heads=2, kv_heads=1, n=100, m=100, d=24, dv=16)
+    tokens = [x.float() for x in tokens]
+    given = {"config": MraKeysConfig(budget=0.3, rank=8), "mask": AttentionMask.causal(100)}
+    result = mra_attention(*tokens, impl="triton", **given)
+    double = [x.double() for x in tokens]
+    exact = mra_attention(*double, impl="reference", selection=result.selection, **given)
+    torch.testing.assert_close(result.output.double(), exact.output, rtol=0, atol=1e-5)
+    chosen = mra_attention(*tokens, impl="reference", **given).selection
+    assert (result.selection.opened() != chosen.opened()).double().mean() < 1e-3

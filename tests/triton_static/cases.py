@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention
+from mra_kernels import AttentionMask, MraAttentionConfig, MraKeysConfig, mra_attention
 from mra_kernels._triton import tuning
 from triton_static.compiled import CAPABILITIES, TARGETS, Planned, recorded
 
@@ -18,7 +18,8 @@ N = 16384
 
 @dataclass(frozen=True)
 class Case:
-    """A call; ``kernels``: the only ones of it to look at, the others are those of another case."""
+    """A call; ``keys``: of single keys; ``kernels``: the only ones of it to look at, the others are
+    those of another case."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16
@@ -26,12 +27,14 @@ class Case:
     coarse: str = "pooled"
     query_rows: int | None = None
     backward: bool = False
+    keys: bool = False
     n: int = N
     kernels: tuple[str, ...] = ()
     architectures: tuple[str, ...] = tuple(TARGETS)
 
 
 _ATTEND = ("forward_kernel",)
+_KEYS = ("tail_kernel", "attend_kernel")
 _CHOOSE = ("choose_kernel",)
 _TWO = ("sm_80", "sm_90")
 _WIDE = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -57,6 +60,8 @@ CASES = [
     Case("d256", width=256, kernels=_ATTEND, architectures=_TWO),
     Case("fp32 d64", torch.float32, kernels=_ATTEND, architectures=_TWO),
     Case("fp32 d128", torch.float32, width=128, kernels=_ATTEND, architectures=_TWO),
+    Case("mra d64", keys=True, kernels=("estimate_kernel", "open_kernel", *_KEYS)),
+    Case("mra d128", width=128, keys=True, kernels=_KEYS, architectures=_TWO),
 ]
 
 
@@ -78,6 +83,8 @@ def launches(case: Case, architecture: str) -> list[Planned]:
     config = MraAttentionConfig(
         resolutions=(32, 1), budget=0.1, coarse=case.coarse, query_rows=case.query_rows
     )
+    if case.keys:
+        config = MraKeysConfig(budget=0.1)
     mask = AttentionMask.causal(case.n)
     for tensor in (query, key, value):
         tensor.requires_grad_(case.backward)

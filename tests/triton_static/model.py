@@ -173,7 +173,7 @@ def _over_pairs(
     rows, cols = kernel.constants["RB"], kernel.constants["CB"]
     row_tiles = HEADS * math.ceil(blocks[0] / rows)
     steps = math.ceil(blocks[1] / cols) * sweeps
-    cycles = max(kernel.longest * kernel.warps / 4, cols * width * 4 / _cache_rate(gpu))
+    cycles = max(kernel.longest * kernel.warps / 4, cols * width * 4 / cache_rate(gpu))
     rounds = max(row_tiles, gpu.units) / gpu.units
     lone = kernel.longest * LONE_CYCLES * kernel.warps / 4
     return max(rounds * cycles / DERATE, lone) * steps / gpu.clock * 1e3
@@ -208,7 +208,7 @@ def tile_cycles(gpu: Gpu, kernel: Compiled, width: int) -> tuple[dict[str, float
         "tensor cores": 4 * rows * keys * width / gpu.matrix,
         "instructions": kernel.loop * kernel.warps / 4,
         "exponentials": rows * keys / 16,
-        "L2 cache": 2 * keys * width * 2 / _cache_rate(gpu),
+        "L2 cache": 2 * keys * width * 2 / cache_rate(gpu),
     }
     busiest = max(units.values())
     # A program's products and softmax take turns; other programs fill some of the gaps.
@@ -216,7 +216,7 @@ def tile_cycles(gpu: Gpu, kernel: Compiled, width: int) -> tuple[dict[str, float
     return units, busiest + waiting / kernel.programs
 
 
-def _cache_rate(gpu: Gpu) -> float:
+def cache_rate(gpu: Gpu) -> float:
     """Bytes per cycle and multiprocessor."""
     return gpu.cache / gpu.units / gpu.clock
 

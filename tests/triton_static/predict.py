@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from triton_static.baseline import baseline
 from triton_static.compiled import Compiled
+from triton_static.keys_page import section
 from triton_static.model import (
     DERATE,
     GPUS,
@@ -45,7 +46,7 @@ def page() -> str:
         for name, gpu in GPUS.items():
             for width in (64, 128):
                 parts.append(_table(name, gpu, kernels_of(name, width), width, causal))
-    parts += [_breakdown(), _assumptions()]
+    parts += [_breakdown(), _assumptions(), section(baseline()[1]), ""]
     return "\n".join(parts)
 
 
