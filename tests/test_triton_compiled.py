@@ -39,7 +39,7 @@ ONE_PROGRAM = {
     "* d256 *": "accumulators of 64 x 256",
     "sm_100 d128 forward_kernel": "8 warps, so that it doesn't spill",
     "sm_100 d64 shared forward_kernel": "held to half of the registers it spills 18 instructions",
-    "* d128 shared forward_kernel": "an accumulator of 128 x 128",
+    "* d128 shared *": "an accumulator of 128 x 128",
     "sm_?0 fp32 *": "no tensor cores: operands in registers",
 }
 """Kernels that leave room for no second program on a multiprocessor, and why that is accepted."""

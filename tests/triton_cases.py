@@ -103,7 +103,6 @@ SETTINGS = [
         (32, 48),
         1,
         _config(16, query_rows=32, coarse="per_query", first_blocks=1),
-        gradients=True,
     ),
     Setting(
         "shared, sparse only",
