@@ -212,12 +212,13 @@ def test_tf32_only_where_asked_for():
     exact = a.double() @ b.double().T + 1
     errors = {}
     for tf32 in (False, True):
-        for precision in ("ieee", "tf32"):
+        for precision in ("ieee", "tf32", "tf32x3"):
             out = torch.empty(64, 64)
             with Executor(tf32=tf32):
                 _product[(1,)](a, b, out, 64, 64, 64, P=precision)
             errors[tf32, precision] = float((out - exact).norm() / exact.norm())
     assert 1e-4 < errors.pop((True, "tf32")) < 1e-3
+    assert errors[False, "tf32x3"] == errors[True, "ieee"] < errors[True, "tf32x3"]
     assert max(errors.values()) < 1e-6
 
 

@@ -1,10 +1,11 @@
-"""The operator in Triton: gradients, corners of the selection, decoding, torch's own checks.
+"""The operator in Triton: gradients, corners of the selection, decoding, memory.
 
-Random forward calls are in test_triton_random.py. Here, too, kernels' own IR runs on the CPU.
+Random calls are in test_triton_random.py. Here, too, kernels' own IR runs on the CPU.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import pytest
@@ -145,6 +146,11 @@ def test_ties_are_broken_as_the_specification_does(inputs, change, at_once, monk
     call = {"config": config, "mask": mask, "scaling": 0.5}
     ours = mra_attention(query, key, key, impl="triton", **call).selection
     assert len(executor.launches) == (3 if at_once else 4)
+    if not at_once:
+        _, threshold, opener, _ = executor.launches
+        # The best of each row, and at most three bits of a key's 60 at a time, on top of the first.
+        sweeps = threshold.loaded_bytes["K_MEANS"] / opener.loaded_bytes["K_MEANS"]
+        assert sweeps <= 2 + 20, f"{sweeps:.1f} sweeps over all pairs"
     theirs = mra_attention(query, key, key, impl="reference", **call).selection
     for a, b in ((ours.fine, theirs.fine), (ours.coarse[0], theirs.coarse[0])):
         for field in ("head", "row", "col", "legal", "logit"):
@@ -152,6 +158,21 @@ def test_ties_are_broken_as_the_specification_does(inputs, change, at_once, monk
     assert torch.equal(ours.density, theirs.density)
     assert torch.equal(ours.forced, theirs.forced)
     assert ours.dot_products == theirs.dot_products
+
+
+def test_kernels_agree_on_every_score(monkeypatch):
+    """All are equal, being less the best of rows of one block, and nothing is paid for. A random
+    call: a kernel that fused a product of the soft-cap's with a sum, where another did not, opened
+    a block."""
+    from mra_kernels._triton import selection
+
+    monkeypatch.setattr(selection, "LARGEST_TILE", 0)
+    generator = torch.Generator().manual_seed(3315887296)
+    query = 40 * torch.randn(2, 4, 129, 128, generator=generator)
+    key = 2 * torch.randn(2, 2, 63, 128, generator=generator)
+    call = {"config": MraAttentionConfig((64, 1), 0.01), "scaling": 0.125, "softcap": 3.0}
+    chosen = mra_attention(query.half(), key.half(), key.half(), impl="triton", **call).selection
+    assert not chosen.density.any()
 
 
 @pytest.mark.parametrize("coarse", ["pooled", "per_query"])
@@ -183,46 +204,6 @@ def test_decoding_from_a_kept_pyramid(coarse, executor):
         torch.testing.assert_close(kept.output.double(), exact.output, rtol=2e-5, atol=2e-5)
         alone = mra_attention(query, keys, values, impl="triton", **call)
         assert torch.equal(kept.output, alone.output)
-
-
-def test_one_operator_for_torch():
-    """Fake tensors, meta tensors and autograd agree with what runs."""
-    from mra_kernels._triton import autograd
-    from mra_kernels._triton.mask_tables import mask_tables
-    from mra_kernels._triton.plan import Settings
-    from mra_kernels.scores import ScoreRule
-
-    mask = AttentionMask.causal(40)
-    tables, costs = mask_tables(mask, 16, 16)
-    for coarse in ("pooled", "none"):
-        config = MraAttentionConfig((16, 1), 0.3, coarse=coarse)
-        tokens = [x.requires_grad_() for x in make_qkv(2, n=40, m=40, d=16, dtype=torch.float32)]
-        arguments = (
-            *tokens, None, [], costs.budgets(config), list(tables[:4]), None, None,
-            *Settings.of(config, ScoreRule(0.25), 0),
-        )  # fmt: skip
-        torch.library.opcheck(
-            autograd.mra_forward,
-            arguments,
-            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-        )
-
-
-def test_meta_tensors_and_compiled_graphs_see_shapes():
-    tokens = make_qkv(2, n=70, m=70, d=16, dv=20, dtype=torch.float16)
-    config = MraAttentionConfig((16, 1), 0.3)
-    meta = [x.to("meta") for x in tokens]
-    mask = AttentionMask.causal(70, device="meta")
-
-    def attend(query, key, value, mask=None):
-        return mra_attention(query, key, value, config=config, mask=mask, impl="triton").output
-
-    shape = attend(*meta, mask)
-    assert shape.device.type == "meta"
-    assert shape.shape == (2, 4, 70, 20) and shape.dtype == torch.float16
-    graph = torch.compile(attend, backend="eager", fullgraph=True)
-    mask = AttentionMask.causal(70)
-    assert torch.equal(graph(*tokens, mask), attend(*tokens, mask))
 
 
 def test_views_need_no_copies(executor):
@@ -266,3 +247,50 @@ def test_tiny(n, m):
         *(x.double() for x in tokens), config=config, impl="reference", selection=ours.selection
     )
     torch.testing.assert_close(ours.output.double(), exact.output, rtol=1e-5, atol=1e-5)
+
+
+def far_apart(*shape, strides):
+    """Half-precision zeros in memory that takes room only where it is written; random calls have
+    tokens far apart, too, but neither heads nor batch entries."""
+    size = 2 * (1 + sum((extent - 1) * step for extent, step in zip(shape, strides, strict=True)))
+    reserve_nothing = 0x4000  # MAP_NORESERVE of Linux
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing)
+    return torch.frombuffer(memory, dtype=torch.float16).as_strided(shape, strides)
+
+
+def test_offsets_beyond_32_bits():
+    """Of tokens, heads and batch entries, in both passes."""
+    given = make_qkv(4, heads=2, kv_heads=2, n=300, m=90, d=16, dv=16, dtype=torch.float16)
+    tokens = [
+        far_apart(*given[0].shape, strides=(64, 32, 1 << 23, 1)),
+        far_apart(*given[1].shape, strides=(16, (1 << 32) + 48, 32, 1)),
+        far_apart(*given[2].shape, strides=((1 << 31) + 16, 1 << 12, 16, 1)),
+    ]
+    for far, near in zip(tokens, given, strict=True):
+        far.copy_(near)
+    config = MraAttentionConfig((16, 1), 0.3, coarse="per_query")
+    results = []
+    for leaves in (tokens, given):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        output = mra_attention(*leaves, config=config, impl="triton").output
+        results.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_programs_may_run_in_any_order():
+    """No result depends on who adds first, or who comes last: there are no sums in memory of
+    anything but whole numbers."""
+    from triton_cases import BY_NAME, call_of, limits_of
+    from triton_oracle import attend, gradients
+
+    for name, numbers in {"mra2 padded": range(6), "few queries": range(8)}.items():
+        for call in (call_of(BY_NAME[name], number) for number in numbers):
+            runs = []
+            for backwards in (False, True):
+                with Executor(ones=False, backwards=backwards), limits_of(call.setting):
+                    if call.setting.gradients:
+                        result, grads = gradients(call, call.tokens)
+                    else:
+                        result, grads = attend(call, call.tokens), ()
+                runs.append((result.output, result.lse, *grads))
+            assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), call.name

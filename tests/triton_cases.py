@@ -1,23 +1,25 @@
-"""Random calls of the Triton kernels, and how far their results may be from float64.
+"""Random calls of the Triton kernels, each known by its setting and a number.
 
-What kernels are compiled for is fixed by a few settings; all else is drawn at random.
+What kernels are compiled for is fixed by a few settings; all else is drawn. `triton_oracle` judges
+what comes out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+import mmap
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
-from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention
-from mra_kernels._triton import selection, tuning
-from mra_kernels.selection import BlockPairs, Selection
-from mra_kernels.testing import make_qkv
+from mra_kernels import AttentionMask, MraAttentionConfig
+from mra_kernels._triton import backward, forward, selection, tuning
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Largest relative error of rounding once."""
@@ -25,8 +27,16 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 
 @dataclass(frozen=True)
 class Setting:
-    """What kernels are compiled for, and the lengths they are tried at; ``in_tiles``: blocks are
-    chosen by several programs a head, as in long sequences."""
+    """What kernels are compiled for, and the lengths they are tried at.
+
+    Attributes:
+        widths: Of queries and keys, and of values.
+        group: Query heads per key head.
+        queries, keys: The shortest and the longest.
+        limits: Whether lists are cut every 8 blocks and no 32 candidates are written down, so that
+            calls of hundreds of tokens take the ways that else those of thousands take.
+        in_tiles: Blocks are chosen by several programs a head, as in long sequences.
+    """
 
     name: str
     dtype: torch.dtype
@@ -36,8 +46,10 @@ class Setting:
     softcap: float | None = None
     sinks: bool = False
     padded: bool = False
-    lengths: tuple[int, int] = (17, 400)
+    queries: tuple[int, int] = (17, 700)
+    keys: tuple[int, int] = (1, 700)
     gradients: bool = False
+    limits: bool = True
     in_tiles: bool = False
 
 
@@ -45,76 +57,56 @@ def _config(side: int, **fields: object) -> MraAttentionConfig:
     return MraAttentionConfig(resolutions=(side, 1), **fields)
 
 
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 SETTINGS = [
-    Setting("mra2", torch.float32, (64, 64), 1, _config(32), gradients=True, in_tiles=True),
+    Setting("mra2", F32, (64, 64), 1, _config(32), gradients=True, in_tiles=True),
     Setting(
-        "mra2 padded",
-        torch.bfloat16,
-        (64, 64),
-        2,
-        _config(32),
-        padded=True,
-        sinks=True,
-        gradients=True,
-    ),
-    Setting("per query", torch.float16, (128, 128), 2, _config(64, coarse="per_query"), 3.0),
-    Setting(
-        "odd widths",
-        torch.bfloat16,
-        (40, 24),
-        3,
-        _config(16, coarse="none", scope="row"),
-        padded=True,
+        "mra2 padded", BF16, (64, 64), 2, _config(32),
+        padded=True, sinks=True, gradients=True, in_tiles=True,
     ),
     Setting(
-        "priors",
-        torch.float32,
-        (16, 80),
-        1,
+        "per query", F16, (128, 128), 2, _config(64, coarse="per_query"), 3.0, gradients=True
+    ),
+    Setting(
+        "odd widths", BF16, (40, 24), 3, _config(16, coarse="none", scope="row"), padded=True
+    ),
+    Setting(
+        "priors", F32, (16, 80), 1,
         _config(16, coarse="per_query", score="mu", first_blocks=1, diagonal_blocks=1),
-        padded=True,
-        sinks=True,
-        gradients=True,
+        padded=True, sinks=True, gradients=True,
     ),
     Setting(
-        "block per row",
-        torch.float32,
-        (32, 32),
-        2,
+        "block per row", F32, (32, 32), 2,
         _config(32, blocks_per_row=2, scope="row", diagonal_blocks=3),
-        softcap=3.0,
-        in_tiles=True,
-        gradients=True,
-    ),
-    Setting("sparse only", torch.float16, (96, 96), 1, _config(64, coarse="none", score="mu")),
-    Setting("long", torch.bfloat16, (64, 64), 2, _config(64), padded=True, lengths=(4097, 8192)),
-    Setting(
-        "shared lists",
-        torch.bfloat16,
-        (96, 80),
-        2,
-        _config(32, query_rows=128, diagonal_blocks=1),
-        in_tiles=True,
-        gradients=True,
+        softcap=3.0, gradients=True, in_tiles=True,
     ),
     Setting(
-        "shared by half a tile",
-        torch.float32,
-        (32, 48),
-        1,
+        "sparse only", F16, (96, 96), 1, _config(64, coarse="none", score="mu"), in_tiles=True
+    ),
+    Setting(
+        "long", BF16, (64, 64), 2, _config(64),
+        padded=True, queries=(1000, 8192), keys=(1000, 8192), limits=False,
+    ),
+    Setting(
+        "shared lists", BF16, (96, 80), 2, _config(32, query_rows=128, diagonal_blocks=1),
+        gradients=True, in_tiles=True,
+    ),
+    Setting(
+        "shared by half a tile", F32, (32, 48), 1,
         _config(16, query_rows=32, coarse="per_query", first_blocks=1),
     ),
     Setting(
-        "shared, sparse only",
-        torch.float16,
-        (128, 64),
-        1,
+        "shared, sparse only", F16, (128, 64), 1,
         _config(16, query_rows=64, coarse="none", scope="row"),
-        lengths=(1, 400),
-        padded=True,
+        queries=(1, 700), padded=True,
     ),
-    Setting("few queries", torch.float32, (64, 64), 2, _config(16), lengths=(1, 16)),
-]
+    Setting("few queries", F32, (64, 64), 2, _config(16), queries=(1, 16), keys=(1, 2500)),
+    Setting(
+        "few queries padded", BF16, (64, 32), 3, _config(32, coarse="per_query"),
+        padded=True, sinks=True, queries=(1, 16), keys=(1, 2500),
+    ),
+]  # fmt: skip
+BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -122,89 +114,186 @@ class Call:
     """One call of a setting, in tensors that may be views.
 
     Attributes:
+        name: How to draw it again.
+        extras: Scaling, soft-cap and sinks.
         exact_scores: Scores are sums of small whole numbers: no rounding, so no doubt about which
             blocks are the best.
+        cached: Lengths at which a `KeyPyramid` of the keys was extended; empty: there is none.
     """
 
     setting: Setting
+    name: str
     tokens: tuple[Tensor, Tensor, Tensor]
     mask: AttentionMask
     config: MraAttentionConfig
     extras: dict[str, object]
-    exact_scores: bool
-
-    def __repr__(self) -> str:
-        """What fits in a line or two: tensors by shape."""
-        shapes = [tuple(x.shape) for x in self.tokens]
-        return f"<{self.setting.name} {shapes} {self.config} {self.mask.start[0, :3]} ...>"
+    exact_scores: bool = False
+    cached: tuple[int, ...] = ()
 
 
-@st.composite
-def calls(draw: st.DrawFn, setting: Setting) -> Call:
-    """Shapes, masks, padding, budgets and numbers."""
-    batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    low, high = setting.lengths
-    n = draw(st.integers(low, high))
-    m = n if draw(st.booleans()) else draw(st.integers(max(1, low), max(high, 300)))
-    rows, side = setting.config.block_shapes[0]
-    exact = setting.softcap is None and not setting.padded and draw(st.booleans())
-    if exact:
-        n, m = (-(-x // of) * of for x, of in ((n, rows), (m, side)))
-    heads, (d, dv), seed = kv_heads * setting.group, setting.widths, draw(st.integers(0, 2**16))
-    tokens = make_qkv(seed, batch, heads, kv_heads, n, m, d, dv, torch.float32)
-    if exact:
-        tokens = (tokens[0].round(), tokens[1].round(), tokens[2])
-    packed = draw(st.booleans())
-    query, key, value = (_laid_out(x.to(setting.dtype), packed) for x in tokens)
-    mask = _mask(draw, n, m)
+def call_of(setting: Setting, number: int) -> Call:
+    """Shapes, strides, masks, padding, budgets and numbers."""
+    draw = random.Random(f"{setting.name} {number}")
+    (rows, side), heads_per_key = setting.config.block_shapes[0], setting.group
+    batch, kv_heads = draw.randint(1, 3), draw.randint(1, 2)
+    n = _length(draw, setting.queries, side)
+    m = n if draw.random() < (0.7 if setting.padded else 0.4) else _length(draw, setting.keys, side)
+    m = max(m, setting.keys[0])
+    whole = setting.softcap is None and draw.random() < 0.4
+    if whole and setting.queries[1] > 16:
+        n, m = -(-n // rows) * rows, -(-m // side) * side
+    elif whole:
+        n, m = 1 if n < side else n, -(-m // side) * side
+    shape = batch, kv_heads * heads_per_key, kv_heads, n, m
+    layouts = [*_LAYOUTS, "far apart"] if setting.limits else _LAYOUTS
+    tokens = _laid_out(draw.choice(layouts), _numbers(draw, shape, setting, whole))
+    mask = _mask(draw, n, m, batch)
     if setting.padded:
-        valid = torch.ones(batch, m, dtype=torch.bool)
-        for row in valid:
-            count = draw(st.integers(0, m - 1))
-            row[slice(0, count) if draw(st.booleans()) else slice(m - count, m)] = False
-        mask = mask.with_padding(valid, valid if n == m else None)
+        valid = _valid(draw, batch, m, max(rows, side) if whole else 1)
+        mask = mask.with_padding(valid, valid if n == m and draw.random() < 0.7 else None)
     config = setting.config
     if config.blocks_per_row is None:
-        budget = draw(st.sampled_from([0.01, 0.1, 0.25, 0.7, 1.0]))
+        budget = draw.choice([1e-6, 0.01, 0.1, 0.25, 0.7, 1.0])
         config = dataclasses.replace(config, budget=budget)
-    extras: dict[str, object] = {"scaling": draw(st.sampled_from([0.125, 0.03125]))}
+    else:
+        config = dataclasses.replace(config, blocks_per_row=draw.choice([1, 2, 5, 100]))
+    extras: dict[str, object] = {"scaling": draw.choice([0.125, 0.03125])}
     if setting.softcap is not None:
         extras["softcap"] = setting.softcap
     if setting.sinks:
-        extras["sinks"] = torch.linspace(-1, 3, heads)
-    return Call(setting, (query, key, value), mask, config, extras, exact)
+        extras["sinks"] = torch.linspace(-1, 3, shape[1])
+    cached: tuple[int, ...] = ()
+    if setting.queries[1] <= 16 and draw.random() < 0.5:
+        cached = (*sorted(draw.randint(1, m) for _ in range(draw.randint(0, 2))), m)
+    name = f"call_of(BY_NAME[{setting.name!r}], {number})"
+    return Call(setting, name, tokens, mask, config, extras, whole, cached)
 
 
-def _laid_out(tokens: Tensor, packed: bool) -> Tensor:
-    """The same numbers, heads beside each other as projections leave them, or as they are."""
-    return tokens.transpose(1, 2).contiguous().transpose(1, 2) if packed else tokens
+def _length(draw: random.Random, limits: tuple[int, int], side: int) -> int:
+    """Short ones as often as long ones, and those about a multiple of the side more often."""
+    low, high = limits
+    length = round(math.exp(draw.uniform(math.log(low), math.log(high))))
+    if draw.random() < 0.3:
+        length = length // side * side + draw.choice([-1, 0, 1])
+    return min(max(length, low), high)
 
 
-def _mask(draw: st.DrawFn, n: int, m: int) -> AttentionMask:
-    kind = draw(st.sampled_from(["full", "causal", "offset", "window", "chunk"]))
+def _numbers(
+    draw: random.Random, shape: tuple[int, ...], setting: Setting, whole: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal queries, keys (doubled, for peaked rows) and values; or without any variety in keys,
+    all 0, far apart, next to nothing, values of which few matter. ``whole``: integers."""
+    batch, heads, kv_heads, n, m = shape
+    generator = torch.Generator().manual_seed(draw.getrandbits(32))
+    d, dv = setting.widths
+    query = 2 * torch.randn(batch, heads, n, d, generator=generator)
+    key = 2 * torch.randn(batch, kv_heads, m, d, generator=generator)
+    value = torch.randn(batch, kv_heads, m, dv, generator=generator)
+    kind = draw.choice(["normal"] * 5 + ["equal", "zero", "peaked", "flat", "outliers"])
+    if kind == "equal":
+        key = key[:, :, :1].expand_as(key).contiguous()
+    elif kind == "zero":
+        draw.choice([query, key]).zero_()
+    elif kind == "peaked":
+        query *= 20
+    elif kind == "flat":
+        query *= 1e-3
+    elif kind == "outliers":
+        value[:, :, :: max(1, m // 3)] *= 1000
+    if whole:
+        query, key = query.round().clamp(-6, 6), key.round()
+    query, key, value = (x.to(setting.dtype) for x in (query, key, value))
+    return query, key, value
+
+
+_LAYOUTS = ["plain", "heads inside", "fused", "expanded", "wide rows", "columns"]
+
+
+def _laid_out(kind: str, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same numbers in memory as they are, or as projections, caches and broadcasts leave them
+    (broadcasts make heads or batch entries equal), or over more than 2^31 numbers."""
+    query, key, value = tokens
+    if kind == "heads inside":
+        query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens)
+    elif kind == "fused" and query.shape[2] == key.shape[2]:
+        flat = torch.cat([x.transpose(1, 2).flatten(2) for x in tokens], -1)
+        parts = flat.split([x.shape[1] * x.shape[3] for x in tokens], -1)
+        query, key, value = (
+            part.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+            for part, x in zip(parts, tokens, strict=True)
+        )
+    elif kind == "expanded":
+        key, value = key[:1].expand_as(key), value[:, :1].expand_as(value)
+    elif kind in ("wide rows", "fused"):
+        query, key, value = (
+            torch.cat([x[..., :3], x, x], -1)[..., 3 : 3 + x.shape[3]] for x in tokens
+        )
+    elif kind == "columns":
+        query, key, value = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in tokens)
+    elif kind == "far apart":
+        query, key, value = (_far_apart(x) for x in tokens)
+    return query, key, value
+
+
+def _far_apart(tokens: Tensor) -> Tensor:
+    """In memory that takes room only where it is written; half of several are beyond 2^31."""
+    batch, heads, n, width = tokens.shape
+    step = max(batch * heads * width, (1 << 32) // n // 16 * 16 + 16)
+    size = n * step * tokens.element_size()
+    reserve_nothing = 0x4000  # MAP_NORESERVE of Linux
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing)
+    strides = heads * width, width, step, 1
+    return (
+        torch.frombuffer(memory, dtype=tokens.dtype).as_strided(tokens.shape, strides).copy_(tokens)
+    )
+
+
+def _mask(draw: random.Random, n: int, m: int, batch: int) -> AttentionMask:
+    kind = draw.choice(["full", "causal", "offset", "local", "packed", "any"])
     if kind == "full":
         return AttentionMask.full(n, m)
-    extra = {
-        "causal": {},
-        "offset": {"offset": draw(st.integers(0, 70))},
-        "window": {"window": draw(st.integers(1, 200))},
-        "chunk": {"chunk": draw(st.integers(1, 200))},
-    }[kind]
-    return AttentionMask.causal(n, m, **extra)
+    if kind in ("causal", "offset", "local"):
+        window, chunk = (
+            draw.randint(1, 200) if kind == "local" and draw.random() < 0.7 else None for _ in "ab"
+        )
+        offset = draw.randint(-20, 70) if kind == "offset" or draw.random() < 0.3 else None
+        return AttentionMask.causal(n, m, offset=offset, window=window, chunk=chunk)
+    ends = sorted(draw.randint(0, m) for _ in range(draw.randint(1, 4)))
+    if kind == "packed":  # queries of a text see the keys of that text
+        text = torch.randint(len(ends), (1, n)).sort().values
+        ends = torch.tensor([0, *ends])
+        return AttentionMask(ends[text], ends[text + 1], m)
+    ends = torch.tensor([[draw.randint(0, m) for _ in range(2 * n)] for _ in range(batch)])
+    ends = ends.unflatten(1, (n, 2)).sort(-1).values
+    return AttentionMask(ends[..., 0], ends[..., 1], m)
+
+
+def _valid(draw: random.Random, batch: int, m: int, step: int) -> Tensor:
+    """Padding on the left or the right, holes, or in one batch entry nothing else; in steps."""
+    valid = torch.ones(batch, -(-m // step), dtype=torch.bool)
+    for row in valid:
+        count, kind = draw.randrange(len(row)), draw.choice(["left", "right", "holes", "none"])
+        if kind == "left":
+            row[:count] = False
+        elif kind == "right":
+            row[len(row) - count :] = False
+        elif kind == "holes":
+            row[draw.sample(range(len(row)), count)] = False
+    if draw.random() < 0.05:
+        valid[draw.randrange(batch)] = False
+    return valid.repeat_interleave(step, 1)[:, :m]
 
 
 @contextmanager
-def launched_by(launcher: object, in_tiles: bool = False) -> Iterator[None]:
-    """``impl="triton"`` on CPU tensors, by this launcher; new memory holds NaN. ``in_tiles``: see
-    `Setting`."""
+def launched_by(launcher: object) -> Iterator[None]:
+    """``impl="triton"`` on CPU tensors, by this launcher; new memory holds NaN."""
     before = tuning.LAUNCHER, torch.are_deterministic_algorithms_enabled()
-    tuning.LAUNCHER, tile = launcher, selection.LARGEST_TILE
-    selection.LARGEST_TILE = 0 if in_tiles else tile
+    tuning.LAUNCHER = launcher
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        tuning.LAUNCHER, selection.LARGEST_TILE = before[0], tile
+        tuning.LAUNCHER = before[0]
         torch.use_deterministic_algorithms(before[1])
 
 
@@ -213,105 +302,30 @@ def plainly(kernel, grid, arguments, settings):
     kernel[grid](*arguments, **settings)
 
 
-def check(call: Call) -> None:
-    """Output, lse and plan of ``impl="triton"``; each entry within what rounding explains."""
-    query, key, value = call.tokens
-    given = {"config": call.config, "mask": call.mask}
-    result = mra_attention(query, key, value, impl="triton", **given, **call.extras)
-    double = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.extras.items()}
-    wide = query.double(), key.double()
-
-    def reference(values: Tensor):
-        return mra_attention(
-            *wide, values, impl="reference", selection=result.selection, **given, **double
-        )
-
-    exact = reference(value.double())
-    scale = reference(value.double().abs()).output
-    unit, logits = UNIT[value.dtype], _largest_logit(call)
-    error = (result.output.double() - exact.output).abs()
-    allowed = tolerance(call, unit, logits) * scale + unit * exact.output.abs() + 1e-7
-    assert not result.output.isnan().any()
-    worst = float((error / allowed).max())
-    assert worst <= 1, f"{call.setting.name}: {worst:.1f} times the error that rounding explains"
-    fine = (result.lse.double() - exact.lse).abs().nan_to_num(0)
-    assert torch.equal(result.lse.isinf(), exact.lse.isinf())
-    assert float(fine.max()) <= 64 * UNIT[torch.float32] * (1 + logits)
-    _check_plan(call, result.selection)
+@contextmanager
+def limits_of(setting: Setting) -> Iterator[None]:
+    """See `Setting.limits` and `Setting.in_tiles`."""
+    chunk = 32 if setting.queries[1] <= 16 else 8  # few queries take a quarter of it
+    with (
+        mock.patch.object(forward, "CHUNK", chunk if setting.limits else forward.CHUNK),
+        mock.patch.object(backward, "CHUNK", chunk if setting.limits else backward.CHUNK),
+        mock.patch.object(selection, "CANDIDATES", 32 if setting.limits else selection.CANDIDATES),
+        mock.patch.object(
+            selection, "LARGEST_TILE", 0 if setting.in_tiles else selection.LARGEST_TILE
+        ),
+    ):
+        yield
 
 
-def _check_plan(call: Call, chosen: Selection) -> None:
-    """Budgets are kept and used; where scores are exact, the blocks are those of the reference."""
-    if call.config.blocks_per_row is None:
-        assert (chosen.density <= call.config.budget + chosen.forced + 1e-6).all()
-        if call.config.budget == 1:
-            assert (chosen.density >= 1 - 1e-6).all()
-        if not call.exact_scores:
-            return
-    theirs = mra_attention(
-        *(x.float() for x in call.tokens),
-        config=call.config,
-        mask=call.mask,
-        impl="reference",
-        **call.extras,
-    ).selection
-    rows, side = call.config.block_shapes[0]
-    block = rows * side / call.mask.legal_per_row().sum(-1).clamp(min=1)
-    assert ((chosen.density - theirs.density).abs() <= block.max()).all()
-    if call.exact_scores:
-        assert _pairs(chosen.fine) == _pairs(theirs.fine)
+def on_random_calls(setting: Setting, examine: Callable[[Call], None], numbers: range) -> None:
+    """Examines calls of a setting by the executor, until one fails; its error says which."""
+    from triton_cpu import Executor
 
-
-def check_gradients(call: Call) -> None:
-    """Those of queries, keys, values and sinks, by their norm."""
-    given = {"config": call.config, "mask": call.mask}
-    sinks = call.extras.get("sinks")
-    leaves = [x.detach().clone().requires_grad_() for x in (*call.tokens, *_there(sinks))]
-    extras = {**call.extras, **({} if sinks is None else {"sinks": leaves[3]})}
-    result = mra_attention(*leaves[:3], impl="triton", **given, **extras)
-    generator = torch.Generator().manual_seed(call.mask.n_queries)
-    grad = torch.randn(result.output.shape, generator=generator).to(result.output.dtype)
-    result.output.backward(grad)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    extras = {**call.extras, **({} if sinks is None else {"sinks": wide[3]})}
-    selection = result.selection
-    exact = mra_attention(*wide[:3], impl="reference", selection=selection, **given, **extras)
-    exact.output.backward(grad.double())
-    unit, logits = UNIT[call.setting.dtype], _largest_logit(call)
-    q, k, v = (float(x.detach().norm(dim=-1).max()) for x in wide[:3])
-    # Where gradients cancel, to nothing in rows that see one key, errors are relative to the terms.
-    terms = float(grad.double().norm()) * torch.tensor([k * v, q * v, 0.0, v]) / 10
-    terms[:2] *= call.extras["scaling"]
-    for name, ours, theirs, term in zip("qkvs", leaves, wide, terms, strict=False):
-        error = float((ours.grad.double() - theirs.grad).norm())
-        scale = float(theirs.grad.norm()) + float(term)
-        allowed = 8 * unit * (1 + (call.config.coarse == "per_query") * logits)
-        allowed = (allowed + 64 * UNIT[torch.float32] * (1 + logits)) * scale + 1e-6
-        assert error <= allowed, f"{call.setting.name}: d{name} off by {error / allowed:.1f}"
-
-
-def _there(tensor: object) -> list[Tensor]:
-    return [tensor] if isinstance(tensor, Tensor) else []
-
-
-def tolerance(call: Call, unit: float, logits: float) -> float:
-    """Error relative to the sum of weights times absolute values.
-
-    Weights are rounded once, for the product with the values, and the result once (`check`);
-    logits carry the error of float32 sums. Where rows score means of keys themselves, those are
-    rounded, too, and the means of values.
-    """
-    allowed = unit + 32 * UNIT[torch.float32] * (1 + logits)
-    if call.config.coarse == "per_query":
-        allowed += 2 * unit * (1 + logits)
-    return allowed
-
-
-def _largest_logit(call: Call) -> float:
-    query, key, _ = (x.double() for x in call.tokens)
-    scaling = call.extras["scaling"]
-    return float(scaling * query.norm(dim=-1).max() * key.norm(dim=-1).max())
-
-
-def _pairs(pairs: BlockPairs) -> list[list[int]]:
-    return torch.stack([pairs.head, pairs.row, pairs.col], 1).tolist()
+    for number in numbers:
+        call = call_of(setting, number)
+        with Executor(tf32=True, ones=False), launched_by(plainly), limits_of(setting):
+            try:
+                examine(call)
+            except Exception as error:
+                error.add_note(call.name)
+                raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from mra_kernels import _triton, native
@@ -72,9 +73,21 @@ def mra_attention(
         pyramid: Block means of these keys and values, kept from call to call (`KeyPyramid`), for a
             `MraAttentionConfig`; implementations that cannot use it work them out.
 
+    Under `torch.autocast` queries, keys and values are cast as
+    `torch.nn.functional.scaled_dot_product_attention` casts them: all but float64.
+
     Raises:
         ValueError: Shapes, dtypes, mask or grid do not fit together, or ``impl`` can't take them.
     """
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tokens = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            return mra_attention(
+                *tokens, config=config, mask=mask, scaling=scaling, softcap=softcap, sinks=sinks,
+                bias=bias, impl=impl, selection=selection, pyramid=pyramid,
+            )  # fmt: skip
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
     _check(query, key, value, mask, sinks, bias)

@@ -323,7 +323,8 @@ def for_blind_rows(
         output: ``[B, H, N, Dv]``.
         value: ``[B, Hkv, M or more, Dv]``.
     """
-    if torch.compiler.is_compiling() or output.is_meta:  # there is no number to look at
+    capturing = output.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or output.is_meta or capturing:  # no number to look at
         blind: Tensor | None = mask.legal_per_row() == 0
     else:
         blind = mask.blind_rows

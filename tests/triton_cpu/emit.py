@@ -234,7 +234,7 @@ class Emitter:
     # --- the whole ---------------------------------------------------------------------------
 
     def source(self) -> str:
-        """A C file with ``launch(args, ranges, n_ranges, gx, gy, gz, counts)``."""
+        """A C file with ``launch(args, ranges, n_ranges, gx, gy, gz, backwards, counts)``."""
         arguments = self.function.args
         self.bind(
             [name for name, _ in arguments],
@@ -277,7 +277,7 @@ static void program(char* restrict arena, Memory* memory, int px, int py, int pz
 }}
 
 void launch(const uint64_t* args, const Range* ranges, int n_ranges, int gx, int gy, int gz,
-            Counts* total) {{
+            int backwards, Counts* total) {{
 {unpacked}
 #pragma omp parallel
   {{
@@ -287,7 +287,8 @@ void launch(const uint64_t* args, const Range* ranges, int n_ranges, int gx, int
     for (int z = 0; z < gz; z++)
       for (int y = 0; y < gy; y++)
         for (int x = 0; x < gx; x++)
-          program(arena, &memory, x, y, z, gx, gy, gz{passed});
+          program(arena, &memory, backwards ? gx - 1 - x : x, backwards ? gy - 1 - y : y,
+                  backwards ? gz - 1 - z : z, gx, gy, gz{passed});
 #pragma omp critical
     {{
       for (int i = 0; i < n_ranges; i++) {{

@@ -143,7 +143,9 @@ def _ternary(to: Emitter, op: Op) -> None:
     def at(index: Index) -> str:
         a, b, c = (to.read(v, index) for v in (x, y, z))
         fused = op.name.endswith("fma")
-        return to.cast(element, f"({a}*{b}+{c})" if fused else f"minnumf_(maxnumf_({a},{b}),{c})")
+        name = "__builtin_fma" if element == "f64" else "__builtin_fmaf"
+        text = f"{name}({a},{b},{c})" if fused else f"minnumf_(maxnumf_({a},{b}),{c})"
+        return to.cast(element, text)
 
     to.define(op, at, x.cost + y.cost + z.cost + 2)
 

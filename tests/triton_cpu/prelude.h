@@ -17,6 +17,10 @@ INLINE bf16 to_bf16(float x) {  // to nearest, ties to even
   return out;
 }
 INLINE float to_tf32(float x) { return of_bits((bits_of(x) + 0x1000) & 0xFFFFE000u); }
+INLINE float tf32x3(float x, float y, float sum) {
+  float a = to_tf32(x), b = to_tf32(y);
+  return sum + to_tf32(x - a) * b + a * to_tf32(y - b) + a * b;
+}
 
 INLINE double maxnum(double a, double b) { return b != b ? a : (a > b ? a : b); }
 INLINE double minnum(double a, double b) { return b != b ? a : (a < b ? a : b); }

@@ -72,15 +72,23 @@ class Executor:
     a cache, ``tl.dot`` sums in order, lanes that are masked off with no ``other`` get NaN.
 
     Args:
-        tf32: Round the operands of float32 products as tensor cores do, where a kernel allows it.
+        tf32: Round the operands of float32 products as tensor cores do, where a kernel allows it,
+            or split them for ``tf32x3``.
         ones: Compile anew for numbers that are 1, as a GPU's launcher does; without, calls of many
             shapes share a kernel.
         distinct: Count what neighbouring lanes of a tile share once, as memory would.
+        backwards: Begin with the last program of a grid; on a GPU any may come first.
     """
 
-    def __init__(self, tf32: bool = False, ones: bool = True, distinct: bool = False) -> None:
+    def __init__(
+        self,
+        tf32: bool = False,
+        ones: bool = True,
+        distinct: bool = False,
+        backwards: bool = False,
+    ) -> None:
         self.launches: list[Launch] = []
-        self._modes, self._ones = (tf32, distinct), ones
+        self._modes, self._ones, self._backwards = (tf32, distinct), ones, backwards
 
     def __enter__(self) -> Executor:
         self._before = JITFunction.run
@@ -112,7 +120,9 @@ class Executor:
             ranges[2 * place], ranges[2 * place + 1] = _extent(call.values[name])
         counts = _Counts()
         size = len(tensors)
-        _compiled(call, *self._modes)(words, ranges, size, *grid, ctypes.byref(counts))
+        _compiled(call, *self._modes)(
+            words, ranges, size, *grid, self._backwards, ctypes.byref(counts)
+        )
         if counts.outside:
             raise OutOfBounds(
                 f"{kernel.fn.__name__}: {counts.outside} accesses in tiles that leave their "

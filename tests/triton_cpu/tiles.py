@@ -142,15 +142,19 @@ def _packed(to: Emitter, source: Value, element: str, tf32: bool) -> str:
 
 
 def dot(to: Emitter, op: Op) -> None:
-    """``a @ b + c``, summed in the type of ``c``, one term of the inner dimension after another."""
+    """``a @ b + c``, summed in the type of ``c``, one term of the inner dimension after another.
+
+    With ``tf32``, as tensor cores see float32 where a kernel lets them: rounded, or for ``tf32x3``
+    split in two, without the product of the smaller parts.
+    """
     a, b, c = to.operands(op)
     kind = op.result_types[0]
     if kind.shape is None or len(kind.shape) != 2:
         raise NotImplementedError(f"{op.name} of {kind.shape}")
     (rows, cols), inner = kind.shape, (a.type.shape or ())[1]
     tf32 = to.tf32 and a.type.element == "f32" and "inputPrecision = tf32" in op.text
-    sum_type = C_TYPES[kind.element]
-    left, right = (_packed(to, x, kind.element, tf32 and "tf32x3" not in op.text) for x in (a, b))
+    split, sum_type = tf32 and "tf32x3" in op.text, C_TYPES[kind.element]
+    left, right = (_packed(to, x, kind.element, tf32 and not split) for x in (a, b))
     result = to.new(kind)
     to.loops(kind.shape, lambda i: f"{result.at(i)} = {c.at(i)};")
     tall = 4 if rows % 4 == 0 else 1
@@ -163,7 +167,11 @@ def dot(to: Emitter, op: Op) -> None:
     to.open(f"for (int k = 0; k < {inner}; k++) for (int r = 0; r < {tall}; r++)")
     to.emit(f"{sum_type} x = {left}[(i + r) * {inner} + k];")
     to.emit("#pragma GCC ivdep")
-    to.emit(f"for (int q = 0; q < {wide}; q++) sum[r][q] += x * {right}[k * {cols} + j + q];")
+    term = "sum[r][q] + x * y" if not split else "tf32x3(x, y, sum[r][q])"
+    to.open(f"for (int q = 0; q < {wide}; q++)")
+    to.emit(f"{sum_type} y = {right}[k * {cols} + j + q];")
+    to.emit(f"sum[r][q] = {term};")
+    to.close()
     to.close()
     to.emit(f"{each} {out} = sum[r][q];")
     to.close()

@@ -123,7 +123,7 @@ def mra_triton(
 ) -> tuple[Tensor, Tensor, Selection]:
     """MRA attention; arguments and results as in `mra_reference`, lse in float32.
 
-    Gradients reach queries, keys, values and sinks, not through lse.
+    Gradients reach queries, keys, values and sinks, from output and lse; not their gradients.
 
     ``pyramid``: means of the blocks of these keys and values; None, or where gradients
     are wanted: work them out.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from mra_kernels._triton.backward import gradients
 from mra_kernels._triton.forward import attend
@@ -21,6 +22,13 @@ from mra_kernels.scores import ScoreRule
 from mra_kernels.selection import Selection
 
 _LOG2_E = math.log2(math.e)
+
+
+def _readable(tokens: Tensor) -> Tensor:
+    """``[B, H, n, d]`` as kernels can read it, or else a copy: features adjacent, and tokens near
+    enough for offsets within a tile, which are of 32 bits; all others are of 64."""
+    near = tokens.stride(-1) == 1 and tokens.stride(2) < 1 << 24
+    return tokens if near else tokens.contiguous()
 
 
 @torch.library.custom_op("mra_kernels::mra_forward", mutates_args=())
@@ -124,6 +132,7 @@ def mra_backward(
     value: Tensor,
     output: Tensor,
     total: Tensor,
+    lse_ratio: Tensor | None,
     opened: Tensor,
     peak: Tensor,
     means: list[Tensor],
@@ -146,7 +155,8 @@ def mra_backward(
         value,
         output,
         total,
-        grad if grad.stride(-1) == 1 else grad.contiguous(),
+        lse_ratio,
+        _readable(grad),
         peak if coarse == "pooled" else None,
         None if coarse == "none" else (means[0], means[1], means[2]),
         opened,
@@ -166,24 +176,33 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, sinks, means, _, tables, key_valid, query_pooled, *settings = inputs
-    result, _, total, opened, _, *new_means, peak = output
+    result, lse, total, opened, _, *new_means, peak = output
     if means:
         new_means[1:] = means
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        query, key, value, sinks, result, total, opened, peak, key_valid, query_pooled,
+        query, key, value, sinks, result, lse, total, opened, peak, key_valid, query_pooled,
         *new_means, *tables,
     )  # fmt: skip
     ctx.given_means = len(means)
     ctx.settings = *settings[:3], *settings[-2:]
 
 
-def _backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    query, key, value, sinks, output, total, opened, peak, valid, pooled_q, *rest = (
+def _backward(
+    ctx: Any, grad: Tensor | None, lse_grad: Tensor | None, *others: None
+) -> tuple[Any, ...]:
+    query, key, value, sinks, output, lse, total, opened, peak, valid, pooled_q, *rest = (
         ctx.saved_tensors
     )
+    lse_ratio = None
+    if lse_grad is not None:
+        # What exact weights gain in a softmax of their own, but for what float32 can't hold.
+        gain = torch.exp2((total - lse * _LOG2_E).clamp(max=126.0))
+        lse_ratio = (lse_grad * gain).masked_fill(lse == -torch.inf, 0.0)
     dq, dk, dv, delta = mra_backward(
-        grad, query, key, value, output, total, opened, peak, rest[:3], rest[3:], valid, pooled_q,
-        *ctx.settings,
+        torch.zeros_like(output) if grad is None else grad,
+        query, key, value, output, total, lse_ratio, opened, peak, rest[:3], rest[3:], valid,
+        pooled_q, *ctx.settings,
     )  # fmt: skip
     dsinks = None
     if sinks is not None:
@@ -194,6 +213,25 @@ def _backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
 
 
 mra_forward.register_autograd(_backward, setup_context=_keep)
+
+
+def _refuse_twice(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("triton has no gradients of gradients; use impl='reference'")
+
+
+mra_backward.register_autograd(_refuse_twice)
+
+
+def _refuse_transforms(*tensors: Tensor) -> None:
+    """What torch would answer with zeros, or in many words."""
+    if torch.compiler.is_compiling():
+        return
+    dual = any(unpack_dual(x).tangent is not None for x in tensors)
+    if dual or torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "triton has gradients by torch.autograd only, not torch.func (vmap, grad, jvp, ...) or "
+            "forward mode; use impl='reference'"
+        )
 
 
 def mra_triton(
@@ -207,8 +245,9 @@ def mra_triton(
     means: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """See `mra_kernels._triton.mra_triton`."""
+    _refuse_transforms(query, key, value)
     tables, costs = mask_tables(mask, *config.block_shapes[0])
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (_readable(x) for x in (query, key, value))
     output, lse, _, opened, rescued, q_means, k_means, *_ = mra_forward(
         query,
         key,
@@ -231,4 +270,4 @@ def mra_triton(
         config,
         rule,
     )
-    return output, lse.detach(), selection
+    return output, lse, selection

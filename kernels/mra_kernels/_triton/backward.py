@@ -243,6 +243,7 @@ def gradients(
     value: Tensor,
     output: Tensor,
     total: Tensor,
+    lse_ratio: Tensor | None,
     grad: Tensor,
     peak: Tensor | None,
     means: tuple[Tensor, Tensor, Tensor] | None,
@@ -255,6 +256,7 @@ def gradients(
     Args:
         query, key, value: As in `attend`.
         output, total: What it gave.
+        lse_ratio: Gradient of its lse times ``exp(total - lse)``, float32 ``[B, H, N]``; None: 0.
         grad: Gradient of the output, features adjacent.
         peak: Of the `Plan`, for ``coarse="pooled"``.
         means: Of queries, keys and values, unless ``coarse="none"``.
@@ -275,6 +277,8 @@ def gradients(
         coarse_dq, coarse_dk, coarse_dv = coarse_gradients(
             *of_rows, means[1], means[2], opened, tables, settings
         )
+    # In weights of the whole softmax, lse pulls at exact logits by this much more.
+    pull = delta if lse_ratio is None else delta - lse_ratio
     dq, dk, dv = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     )
@@ -308,7 +312,7 @@ def gradients(
     lists = opened.new_empty((batch * heads, tiles, shapes["CHUNK"]))
     tuning.launch(
         backward_query_kernel, (tiles, batch * heads),
-        query, key, value, grad, total, delta, dq, opened, tables.rows, tables.keys_per_block,
+        query, key, value, grad, total, pull, dq, opened, tables.rows, tables.keys_per_block,
         tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share, lists,
         *strides, *dq.stride()[:3], heads, *counts, *numbers, **shared, **shapes,
     )  # fmt: skip
@@ -316,7 +320,7 @@ def gradients(
     lists = opened.new_empty((batch * kv_heads, tiles, shapes["CHUNK"]))
     tuning.launch(
         backward_key_kernel, (tiles, batch * kv_heads),
-        query, key, value, grad, total, delta, dk, dv, opened, tables.rows, tables.keys_per_block,
+        query, key, value, grad, total, pull, dk, dv, opened, tables.rows, tables.keys_per_block,
         tables.intervals, tables.key_valid, coarse_dk, coarse_dv, lists,
         *strides, *dk.stride()[:3], *dv.stride()[:3], kv_heads, *counts, *numbers,
         **shared, **shapes,

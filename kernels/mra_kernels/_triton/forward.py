@@ -72,22 +72,22 @@ def forward_kernel(
     Q, K, V, OUTPUT, LSE, TOTAL, OPEN, ROWS, KEYS, INTERVALS, KEY_VALID,
     K_MEANS, V_MEANS, PEAK, MASS, WEIGHTED, SINKS, LISTS, PARTS, ARRIVED,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son,
-    heads, n, m, rows, cols, room, words, mask_step, scaling, softcap,
+    heads, n, m, rows, cols, room, words, mask_step, splits, scaling, softcap,
     GROUP: tl.constexpr, QUERY_ROWS: tl.constexpr, SIDE: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of ``BM`` queries, batch * heads, ``SPLITS`` of the key blocks).
+    """Grid: (tiles of ``BM`` queries, batch * heads, ``splits`` of the key blocks).
 
-    With splits, the last program to finish a tile merges what all of them found; ``ARRIVED`` must
-    come zeroed.
+    With ``SPLIT``, the last program to finish a tile merges what all of them found; ``ARRIVED``
+    must come zeroed.
     """
     # The last tiles of a causal mask have most to do: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     which = tl.program_id(1)
-    slot = (which.to(tl.int64) * tl.num_programs(0) + tile) * SPLITS
+    slot = (which.to(tl.int64) * tl.num_programs(0) + tile) * splits
     LISTS += (slot + tl.program_id(2)) * CHUNK
     head = which % heads
     batch = (which // heads).to(tl.int64)
@@ -115,7 +115,7 @@ def forward_kernel(
     weighted = tl.zeros([BM, DVP], tl.float32)
 
     STEP: tl.constexpr = BN // SIDE
-    span = tl.cdiv(tl.cdiv(cols, CHUNK), SPLITS) * CHUNK
+    span = tl.cdiv(tl.cdiv(cols, CHUNK), splits) * CHUNK
     begin_col = tl.program_id(2) * span
     for col_0 in range(begin_col, tl.minimum(begin_col + span, cols), CHUNK):
         n_plain, n_listed = list_keys(
@@ -139,19 +139,19 @@ def forward_kernel(
                 peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
             )  # fmt: skip
 
-    if SPLITS > 1:
+    if SPLIT:
         lane = tl.arange(0, BM)
         at = (slot + tl.program_id(2)) * BM + lane
-        sums = PARTS + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * SPLITS * BM * 2
+        sums = PARTS + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * splits * BM * 2
         tl.store(PARTS + at * 2, peak)
         tl.store(PARTS + at * 2 + 1, mass)
         store_rows(sums, at, DV, weighted, lane < BM, DV, DVP)
         tl.debug_barrier()
-        inside = inside & (tl.atomic_add(ARRIVED + slot // SPLITS, 1) == SPLITS - 1)
+        inside = inside & (tl.atomic_add(ARRIVED + slot // splits, 1) == splits - 1)
         peak = tl.full([BM], float("-inf"), tl.float32)
         mass = tl.zeros([BM], tl.float32)
         weighted = tl.zeros([BM, DVP], tl.float32)
-        for split in range(0, SPLITS):
+        for split in range(0, splits):
             at = (slot + split) * BM + lane
             other = tl.load(PARTS + at * 2, mask=inside, other=float("-inf"))
             more = tl.load(PARTS + at * 2 + 1, mask=inside, other=0.0)
@@ -263,13 +263,13 @@ def attend(
         tables.intervals, tables.key_valid, k_means, v_means,
         plan.peak, plan.mass, plan.weighted, sinks, lists, parts, zeros,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        heads, n, m, rows, cols, room, words, int(tables.rows.shape[0] > 1),
+        heads, n, m, rows, cols, room, words, int(tables.rows.shape[0] > 1), splits,
         settings.scaling, settings.softcap or 1.0,
         GROUP=heads // kv_heads, QUERY_ROWS=settings.query_rows, SIDE=settings.side,
         D=width, DP=tuning.padded(width), DV=value_width, DVP=tuning.padded(value_width),
         BM=tile_rows, BN=cut.keys_for(settings.side), CHUNK=chunk,
         COARSE=COARSE[settings.coarse], CAPPED=settings.softcap is not None,
         FOLD=settings.softcap is None and settings.scaling > 0, PRECISION=tuning.precision(),
-        STAGES=cut.stages, SPLITS=splits, **cut.options,
+        STAGES=cut.stages, SPLIT=splits > 1, **cut.options,
     )  # fmt: skip
     return Attended(output, lse, total)

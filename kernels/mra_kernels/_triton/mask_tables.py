@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
 
+_END = 1 << 62
+"""Beyond every key."""
+
 
 class MaskTables(NamedTuple):
     """A mask in blocks of ``query_rows`` by ``side``, for a batch of ``B``, or 1 if all entries
@@ -94,19 +97,18 @@ def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables
     counts = seen | True if mask.query_valid is None else seen | mask.query_valid
 
     def rows_of(values: Tensor, chosen: Tensor, other: int) -> Tensor:
-        values = values.masked_fill(~chosen, other)
-        return pad(values, (0, -n % query_rows), value=other).unflatten(1, (-1, query_rows))
+        return _in_blocks(values.masked_fill(~chosen, other), query_rows, other)
 
     queries = rows_of(counts.long(), counts, 0).sum(-1)
-    inner = rows_of(start, counts, 0).amax(-1), rows_of(stop, counts, m).amin(-1)
-    outer = rows_of(start, seen, m).amin(-1), rows_of(stop, seen, 0).amax(-1)
+    # Not m, which is no constant for torch.compile.
+    inner = rows_of(start, counts, 0).amax(-1), rows_of(stop, counts, _END).amin(-1).clamp(max=m)
+    outer = rows_of(start, seen, _END).amin(-1).clamp(max=m), rows_of(stop, seen, 0).amax(-1)
     entries = rows_of(legal, seen, 0).sum(-1)
 
     valid = mask.key_valid
     real = torch.ones(1, m, dtype=torch.int64, device=legal.device) if valid is None else valid
     before = pad(real.long().cumsum(-1), (1, 0)).expand(batch, -1)
-    per_block = pad(real.long(), (0, -m % side)).unflatten(1, (-1, side)).sum(-1)
-    per_block = per_block.expand(batch, -1)
+    per_block = _in_blocks(real.long(), side, 0).sum(-1).expand(batch, -1)
 
     def between(low: Tensor, high: Tensor) -> Tensor:
         low, high = (x.clamp(0, m) for x in (low, high))
@@ -154,3 +156,10 @@ def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables
         padding,
     )
     return tables, costs
+
+
+def _in_blocks(values: Tensor, side: int, fill: int) -> Tensor:
+    """``[B, n]`` as ``[B, blocks, side]``."""
+    blocks = (values.shape[1] + side - 1) // side
+    padded = pad(values, (0, blocks * side - values.shape[1]), value=fill)
+    return padded.unflatten(1, (blocks, side))

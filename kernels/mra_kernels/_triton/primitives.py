@@ -38,11 +38,16 @@ def store_rows(base, rows, stride, values, inside, D: tl.constexpr, DP: tl.const
 
 @triton.jit
 def tanh(x):
-    """Accurate for small ``x``, too, where ``1 - 2 / (1 + exp 2x)`` cancels."""
+    """Accurate for small ``x``, too, where ``1 - 2 / (1 + exp 2x)`` cancels.
+
+    No product meets a sum but in ``fma``: compilers have no choice of what to fuse, so every kernel
+    that scores a pair finds the same score.
+    """
     square = x * x
-    small = x * (
-        1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
-    )
+    series = tl.fma(square, 62 / 2835, -17 / 315)
+    series = tl.fma(square, series, 2 / 15)
+    series = tl.fma(square, series, -1 / 3)
+    small = x * tl.fma(square, series, 1.0)
     decay = tl.math.exp2(-2 * LOG2_E * tl.abs(x))
     large = (1 - decay) / (1 + decay)
     return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))

@@ -1,0 +1,190 @@
+"""The kernels as one operator of torch: compiled, exported, cast, differentiated, captured."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles Triton kernels"),
+]
+pytest.importorskip("triton")
+
+from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa: E402
+from mra_kernels.testing import make_qkv  # noqa: E402
+from triton_cases import launched_by, plainly  # noqa: E402
+from triton_cpu import Executor  # noqa: E402
+
+CONFIG = MraAttentionConfig((16, 1), 0.3)
+
+
+@pytest.fixture(autouse=True)
+def executor():
+    with Executor(ones=False) as running, launched_by(plainly):
+        yield running
+    torch._dynamo.reset()
+
+
+def tokens(n=70, dtype=torch.float32, grad=False):
+    return [x.requires_grad_(grad) for x in make_qkv(2, n=n, m=n, d=16, dv=16, dtype=dtype)]
+
+
+def attend(query, key, value, mask=None, **extra):
+    mask = AttentionMask.causal(query.shape[2], key.shape[2]) if mask is None else mask
+    return mra_attention(query, key, value, config=CONFIG, mask=mask, impl="triton", **extra)
+
+
+def test_registrations_agree():
+    """Fake tensors and autograd, with what runs."""
+    from mra_kernels._triton import autograd
+    from mra_kernels._triton.mask_tables import mask_tables
+    from mra_kernels._triton.plan import Settings
+    from mra_kernels.scores import ScoreRule
+
+    mask = AttentionMask.causal(40)
+    tables, costs = mask_tables(mask, 16, 16)
+    for coarse in ("pooled", "none"):
+        config = MraAttentionConfig((16, 1), 0.3, coarse=coarse)
+        arguments = (
+            *tokens(40, grad=True), None, [], costs.budgets(config), list(tables[:4]), None, None,
+            *Settings.of(config, ScoreRule(0.25), 0),
+        )  # fmt: skip
+        torch.library.opcheck(
+            autograd.mra_forward,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+
+
+def test_meta_tensors():
+    meta = [x.to("meta") for x in tokens(dtype=torch.float16)]
+    result = attend(*meta, AttentionMask.causal(70, device="meta"))
+    assert result.output.device.type == "meta"
+    assert result.output.shape == (2, 4, 70, 16) and result.output.dtype == torch.float16
+
+
+def test_one_graph_for_all_lengths():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    graph = torch.compile(lambda *x: attend(*x).output, backend=counter, fullgraph=True)
+    for n in (70, 90, 130, 333):
+        assert torch.equal(graph(*tokens(n)), attend(*tokens(n)).output)
+    assert counter.frame_count == 2, "a first for one length, a second for all others"
+
+
+def test_compiled_gradients():
+    graph = torch.compile(lambda *x: attend(*x).output, backend="aot_eager", fullgraph=True)
+    grads = []
+    for call in (graph, lambda *x: attend(*x).output):
+        leaves = tokens(grad=True)
+        grads.append(torch.autograd.grad(call(*leaves).square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_export():
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return attend(query, key, value).output
+
+    program = torch.export.export(Attention(), tuple(tokens()))
+    assert "mra_kernels.mra_forward" in program.graph_module.code
+    assert torch.equal(program.module()(*tokens()), attend(*tokens()).output)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_as_torch_does(compiled):
+    """float32 becomes the half type, and gradients come back in float32; float64 stays."""
+    call = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
+    leaves = tokens(grad=True)
+    mixed = [leaves[0], leaves[1].detach().bfloat16(), leaves[2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = call(*mixed).output
+        assert ours.dtype == torch.bfloat16
+        exact = scaled_dot_product_attention(*tokens(), enable_gqa=True)
+        assert exact.dtype == torch.bfloat16
+        wide = mra_attention(*make_qkv(0), config=CONFIG, impl="reference").output
+        exact = scaled_dot_product_attention(*make_qkv(0), enable_gqa=True)
+        assert wide.dtype == exact.dtype == torch.float64
+    assert torch.equal(ours, attend(*(x.bfloat16() for x in leaves)).output)
+    grads = torch.autograd.grad(ours.float().sum(), (leaves[0], leaves[2]))
+    assert all(x.dtype == torch.float32 for x in grads)
+
+
+def test_gradients_through_lse():
+    """Alone, and together with those of the output."""
+    leaves = tokens(grad=True)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    ours = attend(*leaves)
+    exact = mra_attention(
+        *wide,
+        config=CONFIG,
+        mask=AttentionMask.causal(70),
+        impl="reference",
+        selection=ours.selection,
+    )
+    for loss in (
+        lambda x: x.lse.square().sum(),
+        lambda x: x.lse.sin().sum() + x.output.square().sum(),
+    ):
+        grads = (
+            torch.autograd.grad(loss(x), given, retain_graph=True, materialize_grads=True)
+            for x, given in ((ours, leaves), (exact, wide))
+        )
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
+def test_what_has_no_answer_is_refused_in_one_line():
+    query, key, value = tokens(grad=True)
+    (grad,) = torch.autograd.grad(attend(query, key, value).output.sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no gradients of gradients; use impl='refer"):
+        grad.sum().backward()
+
+    def loss(query):
+        return attend(query, key.detach(), value.detach()).output.sum()
+
+    query = query.detach()
+    only = pytest.raises(NotImplementedError, match=r"^triton has gradients by .* use impl='refer")
+    with only:
+        torch.func.grad(loss)(query)
+    with only:
+        torch.func.jvp(loss, (query,), (query,))
+    with only:
+        torch.func.vmap(loss)(query[None])
+    with torch.autograd.forward_ad.dual_level(), only:
+        loss(torch.autograd.forward_ad.make_dual(query, query))
+
+
+class NoLooking(TorchDispatchMode):
+    """Nothing may depend on numbers in tensors: a GPU would be waited for, or not be captured."""
+
+    NEEDS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.NEEDS), f"{func} looks at numbers"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_looks_at_numbers(monkeypatch):
+    """As a CUDA graph demands, also with a mask that is new, in which rows see nothing."""
+    leaves = tokens(grad=True)
+    expected = attend(*leaves, AttentionMask.causal(70, offset=-20)).output
+    mask = AttentionMask.causal(70, offset=-20)
+    # What a call knows of a capture.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(name))
+    with NoLooking():
+        output = attend(*leaves, mask).output
+        grads = torch.autograd.grad(output.sum(), leaves)
+    monkeypatch.undo()
+    assert torch.equal(output, expected)
+    assert all(x.isfinite().all() for x in grads)
