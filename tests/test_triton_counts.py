@@ -25,6 +25,10 @@ N, SIDE = 4096, 32
 BACKWARD = {"pooled": 5, "per_query": 5, "none": 3}
 """Launches of a backward pass: deltas, queries, keys; and the coarse term's rows and columns."""
 
+LIMITS = {"pooled": 1.3, "per_query": 1.5, "none": 1.3}
+"""Of bytes moved backward, times the least. ``per_query`` reads queries and gradients of the output
+once more for block means, and the gradients of queries on the way, in float32."""
+
 
 def run(coarse, budget=0.1, causal=False):
     """A pass both ways, what it launched, and its tensors."""
@@ -45,20 +49,22 @@ def bytes_of(*tensors):
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+def tiles_and_blocks(pairs, tile, of_queries=True):
+    """Pairs of a tile of so many queries and a key block, any of whose pairs is among these; or of
+    a tile of keys and a row of blocks."""
+    ours, other = (pairs.row, pairs.col) if of_queries else (pairs.col, pairs.row)
+    return len(torch.stack([pairs.head, ours * SIDE // tile, other], 1).unique(dim=0))
+
+
 def selected_bytes(result, value, tile_rows):
     """Keys and values of the blocks that any row of a tile opened, once per tile."""
-    fine = result.selection.fine
-    tile = fine.row * SIDE // tile_rows
-    pairs = torch.stack([fine.head, tile, fine.col], 1).unique(dim=0)
-    return len(pairs) * SIDE * 2 * value.shape[-1] * value.element_size()
+    blocks = tiles_and_blocks(result.selection.fine, tile_rows)
+    return blocks * SIDE * 2 * value.shape[-1] * value.element_size()
 
 
 def means_bytes(result, value, tile_rows):
     """Means of keys and values, once per tile that sees them: what `per_query` adds."""
-    left = result.selection.coarse[0]
-    tile = left.row * SIDE // tile_rows
-    pairs = torch.stack([left.head, tile, left.col], 1).unique(dim=0)
-    return len(pairs) * 2 * value.shape[-1] * 4
+    return tiles_and_blocks(result.selection.coarse[0], tile_rows) * 2 * value.shape[-1] * 4
 
 
 @pytest.mark.parametrize("coarse", BACKWARD)
@@ -113,15 +119,30 @@ def test_a_forward_pass_moves_little_more_than_it_must(coarse, budget, causal):
     assert attend.stored_bytes["OUTPUT"] == bytes_of(result.output)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("budget", [0.1, 0.25])
 @pytest.mark.parametrize("coarse", BACKWARD)
-def test_a_backward_pass_writes_each_gradient_once(coarse):
-    _, _, backward, (query, key, value) = run(coarse)
-    stored = {name: n for launch in backward for name, n in launch.stored_bytes.items() if n}
-    expected = {"DQ": query, "DK": key}
-    for name, tensor in expected.items():
-        last = [one for one in backward if one.stored_bytes.get(name)][-1]
-        assert last.stored_bytes[name] == bytes_of(tensor), stored
-    assert all(not x.grad.isnan().any() for x in (query, key, value))
+def test_a_backward_pass_moves_little_more_than_it_must(coarse, budget, causal):
+    """Each input, the output and its gradient, lse and deltas once; each gradient once; what a tile
+    of queries selected once per tile, and once per tile of keys the queries that selected it, with
+    the gradients of their output. ``per_query`` adds means per tile of queries, and queries with
+    those gradients per tile of means."""
+    result, _, backward, tokens = run(coarse, budget, causal)
+    of_queries, of_keys = backward[-2:]
+    rows, cols = of_queries.values["BM"], of_keys.values["BN"]
+    least = bytes_of(*tokens, result.output, result.output, result.lse, result.lse, *tokens)
+    fine, of_tokens = result.selection.fine, 2 * tokens[0].shape[-1] * tokens[0].element_size()
+    least += SIDE * of_tokens * (tiles_and_blocks(fine, rows) + tiles_and_blocks(fine, cols, False))
+    if coarse == "per_query":
+        left, wide = result.selection.coarse[0], SIDE * backward[-3].values["CB"]
+        least += means_bytes(result, tokens[2], rows)
+        least += SIDE * of_tokens * tiles_and_blocks(left, wide, False)
+    moved = sum(sum(x.values()) for one in backward for x in (one.loaded_bytes, one.stored_bytes))
+    assert moved <= LIMITS[coarse] * least, f"{moved / least:.2f} times the least"
+    stored = {name: n for launch in backward for name, n in launch.stored_bytes.items()}
+    for name, tensor in zip(("DQ", "DK", "DV_"), tokens, strict=True):
+        assert stored[name] == bytes_of(tensor), name
+        assert not tensor.grad.isnan().any()
 
 
 def test_predictions_score_blocks_as_often_as_the_kernels():
