@@ -31,7 +31,7 @@ from triton_cases import BY_NAME, on_random_calls  # noqa: E402
 from triton_cpu import OutOfBounds  # noqa: E402
 from triton_oracle import check, check_gradients  # noqa: E402
 
-CALLS = range(24)
+CALLS = range(60)
 
 
 @dataclass(frozen=True)

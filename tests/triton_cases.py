@@ -147,13 +147,13 @@ def call_of(setting: Setting, number: int) -> Call:
     shape = batch, kv_heads * heads_per_key, kv_heads, n, m
     layouts = [*_LAYOUTS, "far apart"] if setting.limits else _LAYOUTS
     tokens = _laid_out(draw.choice(layouts), _numbers(draw, shape, setting, whole))
-    mask = _mask(draw, n, m, batch)
+    mask = _mask(draw, n, m, batch, whole)
     if setting.padded:
         valid = _valid(draw, batch, m, max(rows, side) if whole else 1)
         mask = mask.with_padding(valid, valid if n == m and draw.random() < 0.7 else None)
     config = setting.config
     if config.blocks_per_row is None:
-        budget = draw.choice([1e-6, 0.01, 0.1, 0.25, 0.7, 1.0])
+        budget = draw.choice([0.1, 0.25, 0.5, 0.7] if whole else [1e-6, 0.01, 0.1, 0.25, 0.7, 1.0])
         config = dataclasses.replace(config, budget=budget)
     else:
         config = dataclasses.replace(config, blocks_per_row=draw.choice([1, 2, 5, 100]))
@@ -248,8 +248,9 @@ def _far_apart(tokens: Tensor) -> Tensor:
     )
 
 
-def _mask(draw: random.Random, n: int, m: int, batch: int) -> AttentionMask:
-    kind = draw.choice(["full", "causal", "offset", "local", "packed", "any"])
+def _mask(draw: random.Random, n: int, m: int, batch: int, much_to_choose: bool) -> AttentionMask:
+    kinds = ["full", "causal", "offset", "local", "packed", "any"]
+    kind = draw.choice(["full", "full", "full", "causal"] if much_to_choose else kinds)
     if kind == "full":
         return AttentionMask.full(n, m)
     if kind in ("causal", "offset", "local"):
