@@ -192,7 +192,7 @@ FAULTS = [
         lists.rows_at,
         "((entry & BLOCK) * SIDE).to(tl.int64) * stride",
         "((entry & BLOCK) * SIDE) * stride",
-        "sparse only",
+        "few queries",
     ),
     Fault("ties go to the last", pairs.sort_keys, "(_LAST_INDEX - index)", "index"),
     Fault("the first to arrive goes on", threshold.head_threshold_kernel, "- 1:\n", "- 2:\n"),

@@ -145,7 +145,7 @@ def call_of(setting: Setting, number: int) -> Call:
     elif whole:
         n, m = 1 if n < side else n, -(-m // side) * side
     shape = batch, kv_heads * heads_per_key, kv_heads, n, m
-    layouts = [*_LAYOUTS, "far apart"] if setting.limits else _LAYOUTS
+    layouts = _LAYOUTS + ["far apart"] * (setting.limits * (3 if max(n, m) > 256 else 1))
     tokens = _laid_out(draw.choice(layouts), _numbers(draw, shape, setting, whole))
     mask = _mask(draw, n, m, batch, whole)
     if setting.padded:
