@@ -53,7 +53,8 @@ def _lowest_paid(key, cost, budget):
         shift = tl.maximum((differing >> 23) - 127 - (_DIGIT - 1), 0)
         low = (top >> (shift + _DIGIT)) << (shift + _DIGIT)
         place = (key - low[:, None]) >> shift[:, None]
-        here = tl.where((place >= 0) & (place < _VALUES), cost, 0)
+        # Not all keys that share the leading digits: those above the top are paid for already.
+        here = tl.where((key >= bottom[:, None]) & (key <= top[:, None]), cost, 0)
         digit = tl.zeros_like(left)
         spent = tl.zeros_like(left)
         for each in tl.static_range(1, _VALUES):
