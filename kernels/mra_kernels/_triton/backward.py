@@ -25,9 +25,11 @@ from mra_kernels._triton.plan import Settings
 from mra_kernels._triton.primitives import (
     LOG2_E,
     ROW_FACTS,
+    afresh,
     load_norm,
     load_rows,
     logits_of,
+    row_dots,
     store_rows,
 )
 
@@ -41,19 +43,22 @@ def _cap_slope(logits, softcap):
 
 @triton.jit
 def _query_step(
-    q, grad, norm, delta, K, V, entry, begin, stop, local, KEY_VALID, m, skn, svn,
+    q, grad, norm, delta, Q, GRAD, inside, K, V, entry, begin, stop, local, KEY_VALID, m, skn, svn,
     scaling, softcap, dq,
-    SIDE: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    PART: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k = load_tokens(K, entry, skn, m, SIDE, BN, D, DP, PLAIN)
-    v = load_tokens(V, entry, svn, m, SIDE, BN, DV, DVP, PLAIN)
-    logits = logits_of(tl.dot(q, tl.trans(k), input_precision=PRECISION), scaling, softcap, CAPPED)
+    k = load_tokens(K, entry, skn, m, PART, BN, D, DP, PLAIN)
+    v = load_tokens(V, entry, svn, m, PART, BN, DV, DVP, PLAIN)
+    key = tokens_of(entry, PART, BN)
+    at = key.to(tl.int64)
+    dots = row_dots(q, Q, inside, k, K + at * skn, key < m, D, DP, PRECISION)
+    logits = logits_of(dots, scaling, softcap, CAPPED)
     weights = tl.math.exp2(logits * LOG2_E - norm[:, None])
     if not PLAIN:
-        visible = visible_keys(entry, begin, stop, local, KEY_VALID, m, SIDE, BN)
+        visible = visible_keys(entry, begin, stop, local, KEY_VALID, m, PART, BN)
         weights = tl.where(visible, weights, 0.0)
-    dots = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    dots = row_dots(grad, GRAD, inside, v, V + at * svn, key < m, DV, DVP, PRECISION)
     ddots = weights * (dots - delta[:, None])
     if CAPPED:
         ddots = ddots * _cap_slope(logits, softcap)
@@ -92,32 +97,41 @@ def backward_query_kernel(
     local = query // QUERY_ROWS - first_row if TILE_ROWS > 1 else None
     begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
     stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
-    q = load_rows(Q + batch * sqb + head * sqh, query, sqn, inside, D, DP)
-    grad = load_rows(GRAD + batch * sgb + head * sgh, query, sgn, inside, DV, DVP)
+    Q += batch * sqb + head * sqh
+    GRAD += batch * sgb + head * sgh
+    q = load_rows(Q, query, sqn, inside, D, DP)
+    grad = load_rows(GRAD, query, sgn, inside, DV, DVP)
+    Q += query.to(tl.int64) * sqn
+    GRAD += query.to(tl.int64) * sgn
     norm = load_norm(TOTAL, flat * n + query, inside)
     delta = tl.load(DELTA + flat * n + query, mask=inside, other=0.0)
     dq = tl.zeros([BM, DP], tl.float32)
-    STEP: tl.constexpr = BN // SIDE
-    for col_0 in range(0, cols, CHUNK):
+    PART: tl.constexpr = min(SIDE, BN)
+    STEP: tl.constexpr = BN // PART
+    for part_0 in range(0, cols * (SIDE // PART), CHUNK):
         n_plain, n_listed = list_keys(
-            LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
-            SIDE, TILE_ROWS, CHUNK, STEP,
+            LISTS, OPEN, ROWS, KEYS, first_row, part_0, rows, cols, words,
+            SIDE, PART, TILE_ROWS, CHUNK, STEP,
         )  # fmt: skip
         a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
         for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, PART, BN)
             a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             dq = _query_step(
-                q, grad, norm, delta, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn,
-                scaling, softcap, dq, SIDE, BN, D, DP, DV, DVP, CAPPED, True, PRECISION,
+                q, grad, norm, delta, Q, GRAD, inside, K, V, here, begin, stop, local, KEY_VALID,
+                m, skn, svn, scaling, softcap, dq, PART, BN, D, DP, DV, DVP, CAPPED, True,
+                PRECISION,
             )  # fmt: skip
         for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, PART, BN)
             a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             dq = _query_step(
-                q, grad, norm, delta, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn,
-                scaling, softcap, dq, SIDE, BN, D, DP, DV, DVP, CAPPED, False, PRECISION,
+                q, grad, norm, delta, Q, GRAD, inside, K, V, here, begin, stop, local, KEY_VALID,
+                m, skn, svn, scaling, softcap, dq, PART, BN, D, DP, DV, DVP, CAPPED, False,
+                PRECISION,
             )  # fmt: skip
+    query = afresh(tile, n) * BM + tl.arange(0, BM)
+    inside = query < n
     dq = dq * scaling
     if COARSE == 1:
         row = query // QUERY_ROWS
@@ -133,8 +147,8 @@ def backward_query_kernel(
 
 @triton.jit
 def _key_step(
-    k, v, Q, GRAD, NORM, DELTA, INTERVALS, entry, key, local, n, sqn, sgn, scaling, softcap,
-    dk, dv,
+    k, v, K, V, there, Q, GRAD, NORM, DELTA, INTERVALS, entry, key, local, n, sqn, sgn,
+    scaling, softcap, dk, dv,
     PART: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +158,10 @@ def _key_step(
     inside = query < n
     norm = load_norm(NORM, query, inside)
     delta = tl.load(DELTA + query, mask=inside, other=0.0)
-    logits = logits_of(tl.dot(k, tl.trans(q), input_precision=PRECISION), scaling, softcap, CAPPED)
+    at = query.to(tl.int64)
+    dots = row_dots(k, K, there, q, Q + at * sqn, inside, D, DP, PRECISION)
+    slopes = row_dots(v, V, there, grad, GRAD + at * sgn, inside, DV, DVP, PRECISION)
+    logits = logits_of(dots, scaling, softcap, CAPPED)
     weights = tl.math.exp2(logits * LOG2_E - norm[None, :])
     if not PLAIN:
         begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
@@ -155,9 +172,11 @@ def _key_step(
         else:
             visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
         weights = tl.where(visible, weights, 0.0)
+    if q.dtype == tl.float32:  # loaded only now, for want of registers
+        q = load_tokens(Q, entry, sqn, n, PART, BM, D, DP, PLAIN)
+        grad = load_tokens(GRAD, entry, sgn, n, PART, BM, DV, DVP, PLAIN)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    dots = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    ddots = weights * (dots - delta[None, :])
+    ddots = weights * (slopes - delta[None, :])
     if CAPPED:
         ddots = ddots * _cap_slope(logits, softcap)
     dk = tl.dot(ddots.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -192,8 +211,13 @@ def backward_key_kernel(
     local = key // SIDE - first_col
     # Keys that are padding stand outside every interval.
     seen = tl.where(real, key, -1)
-    k = load_rows(K + batch * skb + kv_head * skh, key, skn, key < m, D, DP)
-    v = load_rows(V + batch * svb + kv_head * svh, key, svn, key < m, DV, DVP)
+    there = key < m
+    K += batch * skb + kv_head * skh
+    V += batch * svb + kv_head * svh
+    k = load_rows(K, key, skn, there, D, DP)
+    v = load_rows(V, key, svn, there, DV, DVP)
+    K += key.to(tl.int64) * skn
+    V += key.to(tl.int64) * svn
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DVP], tl.float32)
     PART: tl.constexpr = BM if BM < QUERY_ROWS else QUERY_ROWS
@@ -206,35 +230,39 @@ def backward_key_kernel(
         for part_0 in range(0, tl.cdiv(n, PART), CHUNK):
             n_plain, n_listed = list_queries(
                 LISTS, OPEN + flat * rows * words, ROWS, KEYS, first_col, part_0, cols, words, n,
-                QUERY_ROWS, PART, SIDE, BN // SIDE, CHUNK, STEP,
+                QUERY_ROWS, PART, SIDE, (BN + SIDE - 1) // SIDE, CHUNK, STEP,
             )  # fmt: skip
             a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
             for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
                 here = entry_of_tokens(a, b, c, d, PART, BM)
                 a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
                 dk, dv = _key_step(
-                    k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
-                    seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
+                    k, v, K, V, there, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n,
+                    INTERVALS, here, seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
                     PART, BM, D, DP, DV, DVP, CAPPED, True, PRECISION,
                 )  # fmt: skip
             for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
                 here = entry_of_tokens(a, b, c, d, PART, BM)
                 a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
                 dk, dv = _key_step(
-                    k, v, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n, INTERVALS, here,
-                    seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
+                    k, v, K, V, there, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n,
+                    INTERVALS, here, seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
                     PART, BM, D, DP, DV, DVP, CAPPED, False, PRECISION,
                 )  # fmt: skip
+    key = afresh(tile, m) * BN + tl.arange(0, BN)
+    there = key < m
     dk = dk * scaling
     if COARSE != 0:
+        real = there
+        if KEY_VALID is not None:
+            real = tl.load(KEY_VALID + of_mask * m + key, mask=there, other=0) != 0
         col = key // SIDE
-        there = col < cols
         share = tl.load(KEYS + col, mask=there, other=1).to(tl.float32)
         share = tl.where(real, 1 / tl.maximum(share, 1.0), 0.0)
         dk += load_rows(COARSE_DK + kv_flat * cols * D, col, D, there, D, DP) * share[:, None]
         dv += load_rows(COARSE_DV + kv_flat * cols * DV, col, DV, there, DV, DVP) * share[:, None]
-    store_rows(DK + batch * sdb + kv_head * sdh, key, sdn, dk, key < m, D, DP)
-    store_rows(DV_ + batch * seb + kv_head * seh, key, sen, dv, key < m, DV, DVP)
+    store_rows(DK + batch * sdb + kv_head * sdh, key, sdn, dk, there, D, DP)
+    store_rows(DV_ + batch * seb + kv_head * seh, key, sen, dv, there, DV, DVP)
 
 
 def gradients(
@@ -298,17 +326,19 @@ def gradients(
         "PRECISION": tuning.precision(),
     }
 
-    def cut(kernel: str, most: int) -> tuple[int, dict[str, int]]:
-        """Tiles along the grid, and settings; ``most`` entries can be on a list."""
+    def cut(kernel: str, listed: int) -> tuple[int, dict[str, int]]:
+        """Tiles along the grid, and settings; ``listed`` tokens can be on a list."""
         tiles = tuning.tiles(kernel, query, value, settings.query_rows)
         bm, bn = tiles.rows_for(settings.query_rows), tiles.keys_for(settings.side)
-        chunk = min(CHUNK, tuning.padded(most))
-        length, step = (n, bm) if kernel == "backward_query" else (m, bn)
-        return -(-length // step), {
+        length, tile, part = (n, bm, min(bn, settings.side))
+        if kernel == "backward_key":
+            length, tile, part = (m, bn, min(bm, settings.query_rows))
+        chunk = min(CHUNK, tuning.padded(-(-listed // part)))
+        return -(-length // tile), {
             "BM": bm, "BN": bn, "CHUNK": chunk, "STAGES": tiles.stages, **tiles.options,
         }  # fmt: skip
 
-    tiles, shapes = cut("backward_query", cols)
+    tiles, shapes = cut("backward_query", m)
     lists = opened.new_empty((batch * heads, tiles, shapes["CHUNK"]))
     tuning.launch(
         backward_query_kernel, (tiles, batch * heads),
@@ -316,7 +346,7 @@ def gradients(
         tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share, lists,
         *strides, *dq.stride()[:3], heads, *counts, *numbers, **shared, **shapes,
     )  # fmt: skip
-    tiles, shapes = cut("backward_key", -(-n // settings.side))
+    tiles, shapes = cut("backward_key", n)
     lists = opened.new_empty((batch * kv_heads, tiles, shapes["CHUNK"]))
     tuning.launch(
         backward_key_kernel, (tiles, batch * kv_heads),

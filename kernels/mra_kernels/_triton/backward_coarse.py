@@ -18,11 +18,13 @@ from mra_kernels._triton.plan import Settings
 from mra_kernels._triton.primitives import (
     LOG2_E,
     ROW_FACTS,
+    afresh,
     block_row_facts,
     load_norm,
     load_rows,
     logit_slopes,
     logits_of,
+    row_dots,
     run_of_rows,
     store_rows,
 )
@@ -72,8 +74,9 @@ def prepare_kernel(
 
 @triton.jit
 def _coarse_tile(
-    x, grad, norm, delta, row, k_mean, v_mean, col, OPEN, ROWS, KEYS, rows, cols, words,
-    scaling, softcap, BLOCK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    x, X, grad, GRAD, norm, delta, row, n, k_mean, K_MEANS, v_mean, V_MEANS, col, OPEN, ROWS, KEYS,
+    rows, cols, words, scaling, softcap, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weights and gradients of dot products, float32 ``[RB, CB]``, of pairs that are left."""
     of_block = row // BLOCK
@@ -85,12 +88,15 @@ def _coarse_tile(
     left = ((word >> (col % 32)[None, :]) & 1) == 0
     left = left & (col[None, :] >= whole_first[:, None]) & (col[None, :] < whole_stop[:, None])
     left = left & (n_keys > 0)[None, :]
-    dots = tl.dot(x, tl.trans(k_mean), input_precision=PRECISION)
+    at = col.to(tl.int64)
+    there = col < cols
+    dots = row_dots(x, X, row < n, k_mean, K_MEANS + at * D, there, D, DP, PRECISION)
     size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
     logits = logits_of(dots, scaling, softcap, CAPPED) * LOG2_E + size[None, :]
     weights = tl.math.exp2(tl.where(left, logits - norm[:, None], float("-inf")))
     slopes = logit_slopes(dots, scaling, softcap, CAPPED)
-    values = tl.dot(grad, tl.trans(v_mean), input_precision=PRECISION)
+    at = V_MEANS + at * DV
+    values = row_dots(grad, GRAD, row < n, v_mean, at, there, DV, DVP, PRECISION)
     return weights, weights * (values - delta[:, None]) * slopes
 
 
@@ -107,8 +113,12 @@ def coarse_rows_kernel(
     batch, head = flat // heads, flat % heads
     row = tl.program_id(0) * RB + tl.arange(0, RB)
     inside = row < n
-    x = load_rows(X + batch * sxb + head * sxh, row, sxn, inside, D, DP)
-    grad = load_rows(GRAD + batch * sgb + head * sgh, row, sgn, inside, DV, DVP)
+    X += batch * sxb + head * sxh
+    GRAD += batch * sgb + head * sgh
+    x = load_rows(X, row, sxn, inside, D, DP)
+    grad = load_rows(GRAD, row, sgn, inside, DV, DVP)
+    X += row.to(tl.int64) * sxn
+    GRAD += row.to(tl.int64) * sgn
     norm = load_norm(NORM, flat * n + row, inside)
     delta = tl.load(DELTA + flat * n + row, mask=inside, other=0.0)
     K_MEANS += flat // GROUP * cols * D
@@ -124,10 +134,13 @@ def coarse_rows_kernel(
         k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(x.dtype)
         v_mean = load_rows(V_MEANS, col, DV, col < cols, DV, DVP).to(x.dtype)
         _weights, ddots = _coarse_tile(
-            x, grad, norm, delta, row, k_mean, v_mean, col, OPEN, ROWS, KEYS, rows, cols, words,
-            scaling, softcap, BLOCK, CAPPED, PRECISION,
+            x, X, grad, GRAD, norm, delta, row, n, k_mean, K_MEANS, v_mean, V_MEANS, col, OPEN,
+            ROWS, KEYS, rows, cols, words, scaling, softcap, D, DP, DV, DVP,
+            BLOCK, CAPPED, PRECISION,
         )  # fmt: skip
         dx = tl.dot(ddots.to(x.dtype), k_mean, dx, input_precision=PRECISION)
+    row = afresh(tl.program_id(0), n) * RB + tl.arange(0, RB)
+    inside = row < n
     store_rows(DX + flat * n * D, row, D, dx, inside, D, DP)
 
 
@@ -146,9 +159,10 @@ def coarse_cols_kernel(
     there = col < cols
     ROWS += batch * mask_step * rows * ROW_FACTS
     KEYS += batch * mask_step * cols
-    k_mean = load_rows(K_MEANS + kv_flat * cols * D, col, D, there, D, DP).to(X.dtype.element_ty)
-    v_mean = load_rows(V_MEANS + kv_flat * cols * DV, col, DV, there, DV, DVP)
-    v_mean = v_mean.to(X.dtype.element_ty)
+    K_MEANS += kv_flat * cols * D
+    V_MEANS += kv_flat * cols * DV
+    k_mean = load_rows(K_MEANS, col, D, there, D, DP).to(X.dtype.element_ty)
+    v_mean = load_rows(V_MEANS, col, DV, there, DV, DVP).to(X.dtype.element_ty)
     dk = tl.zeros([CB, DP], tl.float32)
     dv = tl.zeros([CB, DVP], tl.float32)
     for each in range(0, GROUP):
@@ -157,16 +171,22 @@ def coarse_cols_kernel(
         for row_0 in range(0, n, RB):
             row = row_0 + tl.arange(0, RB)
             inside = row < n
-            x = load_rows(X + batch * sxb + head * sxh, row, sxn, inside, D, DP)
-            grad = load_rows(GRAD + batch * sgb + head * sgh, row, sgn, inside, DV, DVP)
+            x_base = X + batch * sxb + head * sxh
+            grad_base = GRAD + batch * sgb + head * sgh
+            x = load_rows(x_base, row, sxn, inside, D, DP)
+            grad = load_rows(grad_base, row, sgn, inside, DV, DVP)
             norm = load_norm(NORM, flat * n + row, inside)
             delta = tl.load(DELTA + flat * n + row, mask=inside, other=0.0)
             weights, ddots = _coarse_tile(
-                x, grad, norm, delta, row, k_mean, v_mean, col, OPEN + flat * rows * words, ROWS,
-                KEYS, rows, cols, words, scaling, softcap, BLOCK, CAPPED, PRECISION,
+                x, x_base + row.to(tl.int64) * sxn, grad, grad_base + row.to(tl.int64) * sgn, norm,
+                delta, row, n, k_mean, K_MEANS, v_mean, V_MEANS, col, OPEN + flat * rows * words,
+                ROWS, KEYS, rows, cols, words, scaling, softcap, D, DP, DV, DVP,
+                BLOCK, CAPPED, PRECISION,
             )  # fmt: skip
             dk = tl.dot(tl.trans(ddots).to(x.dtype), x, dk, input_precision=PRECISION)
             dv = tl.dot(tl.trans(weights).to(x.dtype), grad, dv, input_precision=PRECISION)
+    col = afresh(tl.program_id(0), n) * CB + tl.arange(0, CB)
+    there = col < cols
     store_rows(DK + kv_flat * cols * D, col, D, dk, there, D, DP)
     store_rows(DV_MEANS + kv_flat * cols * DV, col, DV, dv, there, DV, DVP)
 
@@ -230,7 +250,8 @@ def coarse_gradients(
     rows, words = opened.shape[1:]
     dx = x.new_empty(x.shape, dtype=torch.float32)
     dk, dv = torch.empty_like(k_means), torch.empty_like(v_means)
-    pooled, tile = settings.coarse == "pooled", 32 if max(width, value_width) <= 64 else 16
+    pooled, wide = settings.coarse == "pooled", max(width, value_width)
+    tile_rows, tile_cols = 16, 32
     shared = {
         "GROUP": heads // kv_heads,
         "BLOCK": 1 if pooled else settings.query_rows,
@@ -238,11 +259,10 @@ def coarse_gradients(
         "DP": tuning.padded(width),
         "DV": value_width,
         "DVP": tuning.padded(value_width),
-        "RB": tile,
-        "CB": tile,
+        "RB": tile_rows,
+        "CB": tile_cols,
         "CAPPED": settings.softcap is not None,
         "PRECISION": tuning.mean_precision(x.device) if pooled else tuning.precision(),
-        "num_warps": 8 if pooled else 4,
         "num_stages": 2,
     }
     inputs = x, grad, norm, delta, k_means, v_means, opened, tables.rows, tables.keys_per_block
@@ -250,11 +270,13 @@ def coarse_gradients(
     counts = n, rows, cols, words, int(tables.rows.shape[0] > 1)
     numbers = settings.scaling, settings.softcap or 1.0
     tuning.launch(
-        coarse_rows_kernel, (-(-n // tile), batch * heads),
+        coarse_rows_kernel, (-(-n // tile_rows), batch * heads),
         *inputs, dx, *strides, heads, *counts, *numbers, **shared,
+        num_warps=4 if wide <= 128 else 8,
     )  # fmt: skip
     tuning.launch(
-        coarse_cols_kernel, (-(-cols // tile), batch * kv_heads),
+        coarse_cols_kernel, (-(-cols // tile_cols), batch * kv_heads),
         *inputs, dk, dv, *strides, kv_heads, *counts, *numbers, **shared,
+        num_warps=4 if wide <= 64 else 8,
     )  # fmt: skip
     return dx, dk, dv

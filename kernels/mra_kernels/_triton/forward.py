@@ -15,6 +15,7 @@ from mra_kernels._triton.lists import (
     entry_of_tokens,
     list_keys,
     load_tokens,
+    tokens_of,
     visible_keys,
 )
 from mra_kernels._triton.mask_tables import MaskTables
@@ -23,10 +24,12 @@ from mra_kernels._triton.primitives import (
     LN_2,
     LOG2_E,
     ROW_FACTS,
+    afresh,
     block_row_facts,
     load_rows,
     logits_of,
     merged,
+    row_dots,
     run_of_rows,
     softmax_step,
     softmax_step_whole,
@@ -48,21 +51,23 @@ COARSE = {"none": 0, "pooled": 1, "per_query": 2}
 
 @triton.jit
 def _list_step(
-    q, K, V, entry, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
+    q, Q, inside, K, V, entry, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
     peak, mass, weighted,
-    SIDE: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
+    PART: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k = load_tokens(K, entry, skn, m, SIDE, BN, D, DP, PLAIN)
-    v = load_tokens(V, entry, svn, m, SIDE, BN, DV, DVP, PLAIN)
-    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    k = load_tokens(K, entry, skn, m, PART, BN, D, DP, PLAIN)
+    key = tokens_of(entry, PART, BN)
+    at = K + key.to(tl.int64) * skn
+    dots = row_dots(q, Q, inside, k, at, key < m, D, DP, PRECISION)
+    v = load_tokens(V, entry, svn, m, PART, BN, DV, DVP, PLAIN)
     if FOLD and PLAIN:
         return softmax_step_whole(dots, scaling * LOG2_E, v, peak, mass, weighted, PRECISION)
     else:
         logits = logits_of(dots, scaling, softcap, CAPPED) * LOG2_E
         if not PLAIN:
-            visible = visible_keys(entry, begin, stop, local, KEY_VALID, m, SIDE, BN)
+            visible = visible_keys(entry, begin, stop, local, KEY_VALID, m, PART, BN)
             logits = tl.where(visible, logits, float("-inf"))
         return softmax_step(logits, v, peak, mass, weighted, PRECISION)
 
@@ -110,35 +115,42 @@ def forward_kernel(
     begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
     stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
     q = load_rows(Q, query, sqn, inside, D, DP)
+    Q += query.to(tl.int64) * sqn
     peak = tl.full([BM], float("-inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     weighted = tl.zeros([BM, DVP], tl.float32)
 
-    STEP: tl.constexpr = BN // SIDE
-    span = tl.cdiv(tl.cdiv(cols, CHUNK), splits) * CHUNK
-    begin_col = tl.program_id(2) * span
-    for col_0 in range(begin_col, tl.minimum(begin_col + span, cols), CHUNK):
+    PART: tl.constexpr = min(SIDE, BN)
+    STEP: tl.constexpr = BN // PART
+    parts = cols * (SIDE // PART)
+    span = tl.cdiv(tl.cdiv(parts, CHUNK), splits) * CHUNK
+    begin_part = tl.program_id(2) * span
+    for part_0 in range(begin_part, tl.minimum(begin_part + span, parts), CHUNK):
         n_plain, n_listed = list_keys(
-            LISTS, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
-            SIDE, TILE_ROWS, CHUNK, STEP,
+            LISTS, OPEN, ROWS, KEYS, first_row, part_0, rows, cols, words,
+            SIDE, PART, TILE_ROWS, CHUNK, STEP,
         )  # fmt: skip
         # The next entry is read a step ahead, so that keys can be on their way.
         a, b, c, d = entries_of(LISTS, 0, n_listed, STEP)
         for at in tl.range(0, n_plain, STEP, num_stages=STAGES):
-            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, PART, BN)
             a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             peak, mass, weighted = _list_step(
-                q, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
-                peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, True, FOLD, PRECISION,
+                q, Q, inside, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling,
+                softcap, peak, mass, weighted, PART, BN, D, DP, DV, DVP, CAPPED, True, FOLD,
+                PRECISION,
             )  # fmt: skip
         for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
-            here = entry_of_tokens(a, b, c, d, SIDE, BN)
+            here = entry_of_tokens(a, b, c, d, PART, BN)
             a, b, c, d = entries_of(LISTS, at + STEP, n_listed, STEP)
             peak, mass, weighted = _list_step(
-                q, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling, softcap,
-                peak, mass, weighted, SIDE, BN, D, DP, DV, DVP, CAPPED, False, FOLD, PRECISION,
+                q, Q, inside, K, V, here, begin, stop, local, KEY_VALID, m, skn, svn, scaling,
+                softcap, peak, mass, weighted, PART, BN, D, DP, DV, DVP, CAPPED, False, FOLD,
+                PRECISION,
             )  # fmt: skip
 
+    query = afresh(tile, n) * BM + tl.arange(0, BM)
+    inside = query < n
     if SPLIT:
         lane = tl.arange(0, BM)
         at = (slot + tl.program_id(2)) * BM + lane
@@ -189,7 +201,8 @@ def forward_kernel(
             left = left & (n_keys > 0)[None, :]
             k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(q.dtype)
             v_mean = load_rows(V_MEANS, col, DV, col < cols, DV, DVP).to(q.dtype)
-            means = tl.dot(q, tl.trans(k_mean), input_precision=PRECISION)
+            starts = K_MEANS + col.to(tl.int64) * D
+            means = row_dots(q, Q, inside, k_mean, starts, col < cols, D, DP, PRECISION)
             size = tl.math.log2(tl.maximum(n_keys, 1).to(tl.float32))
             pooled = logits_of(means, scaling, softcap, CAPPED) * LOG2_E + size[None, :]
             pooled = tl.where(left, pooled, float("-inf"))
@@ -251,8 +264,10 @@ def attend(
     tile_rows, most = (FEW, CHUNK // 4) if few else (cut.rows_for(settings.query_rows), CHUNK)
     rows, words = plan.opened.shape[1:]
     cols = tables.keys_per_block.shape[1]
-    tiles, chunk = -(-n // tile_rows), min(most, tuning.padded(cols))
-    splits = max(1, min(-(-cols // chunk), _PROGRAMS // (batch * heads))) if few else 1
+    step = cut.keys_for(settings.side)
+    listed = cols * max(1, settings.side // step)
+    tiles, chunk = -(-n // tile_rows), min(most, tuning.padded(listed))
+    splits = max(1, min(-(-listed // chunk), _PROGRAMS // (batch * heads))) if few else 1
     slots = batch * heads * tiles * splits
     lists = query.new_empty((slots, chunk), dtype=torch.int32)
     parts = lse.new_empty(slots * tile_rows * (value_width + 2)) if splits > 1 else None
@@ -267,7 +282,7 @@ def attend(
         settings.scaling, settings.softcap or 1.0,
         GROUP=heads // kv_heads, QUERY_ROWS=settings.query_rows, SIDE=settings.side,
         D=width, DP=tuning.padded(width), DV=value_width, DVP=tuning.padded(value_width),
-        BM=tile_rows, BN=cut.keys_for(settings.side), CHUNK=chunk,
+        BM=tile_rows, BN=step, CHUNK=chunk,
         COARSE=COARSE[settings.coarse], CAPPED=settings.softcap is not None,
         FOLD=settings.softcap is None and settings.scaling > 0, PRECISION=tuning.precision(),
         STAGES=cut.stages, SPLIT=splits > 1, **cut.options,

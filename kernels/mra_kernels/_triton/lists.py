@@ -35,16 +35,19 @@ def _write(LIST, block, who, plain, STEP: tl.constexpr):
 
 @triton.jit
 def list_keys(
-    LIST, OPEN, ROWS, KEYS, first_row, col_0, rows, cols, words,
-    SIDE: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    LIST, OPEN, ROWS, KEYS, first_row, part_0, rows, cols, words,
+    SIDE: tl.constexpr, PART: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """Lists the key blocks from ``col_0`` that any of ``TILE_ROWS`` rows of blocks opened; plain
-    are those that need no mask at all: opened by all rows, whole for all, full of real keys.
+    """Lists, from ``part_0`` on, parts of ``PART`` keys of the blocks that any of ``TILE_ROWS``
+    rows of blocks opened; plain are those that need no mask at all: opened by all rows, whole for
+    all, full of real keys.
 
     Returns:
         How many are plain, and how many there are.
     """
-    col = col_0 + tl.arange(0, CHUNK)
+    part = part_0 + tl.arange(0, CHUNK)
+    col = part // (SIDE // PART)
     there = col < cols
     plain = tl.load(KEYS + col, mask=there, other=0) == SIDE
     who = tl.zeros([CHUNK], tl.int32)
@@ -57,7 +60,7 @@ def list_keys(
         whole_stop = tl.load(ROWS + row * ROW_FACTS + WHOLE_STOP)
         plain = plain & (bit == 1) & (col >= whole_first) & (col < whole_stop)
         who += bit << each
-    return _write(LIST, col, who, plain, STEP)
+    return _write(LIST, part, who, plain, STEP)
 
 
 @triton.jit

@@ -28,12 +28,42 @@ def load_rows(base, rows, stride, inside, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def afresh(tile, length):
+    """``tile``, for what comes after a loop: compilers don't know that ``length`` isn't negative,
+    so they work addresses out again instead of keeping them in registers all along."""
+    return tile + tl.minimum(length, 0)
+
+
+@triton.jit
 def store_rows(base, rows, stride, values, inside, D: tl.constexpr, DP: tl.constexpr):
     """Rows of D adjacent numbers, where ``inside``."""
     d = tl.arange(0, DP)
     at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     tl.store(at, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_dots(
+    x, X, x_inside, y, Y, y_inside, D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Dot products ``[x, y]`` of tiles of rows, each loaded from the rows that start at ``X`` or
+    ``Y``.
+
+    Without tensor cores operands stand in registers, where whole rows of float32 don't fit: those
+    are read again, 32 features at a time.
+    """
+    STEP: tl.constexpr = 32 if PRECISION == "ieee" else 64
+    if x.dtype != tl.float32 or DP <= STEP:
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        dots = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
+        for first in tl.range(0, DP, STEP):
+            d = first + tl.arange(0, STEP)
+            of_x = tl.load(X[:, None] + d, mask=x_inside[:, None] & (d < D), other=0.0)
+            of_y = tl.load(Y[:, None] + d, mask=y_inside[:, None] & (d < D), other=0.0)
+            dots = tl.dot(of_x, tl.trans(of_y), dots, input_precision=PRECISION)
+        return dots
 
 
 @triton.jit

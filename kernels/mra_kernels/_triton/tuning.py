@@ -14,7 +14,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: Queries per tile, a multiple of 16.
-        keys: Keys per step, a multiple of the block side.
+        keys: Keys per step, a multiple of 16; blocks that are larger take several steps.
         warps: Warps per program.
         stages: Tiles of keys and values in flight.
         registers: Most that a thread may use (NVIDIA), so that programs share a multiprocessor;
@@ -38,12 +38,39 @@ class Tiles(NamedTuple):
         return min(self.rows, 4 * query_rows)
 
     def keys_for(self, side: int) -> int:
-        """One to four whole blocks of keys."""
-        return min(max(self.keys, side), 4 * side)
+        """The same of keys; fewer than a block: it takes several steps."""
+        return min(self.keys, 4 * side)
 
 
 _MI300 = (9, 4), (9, 5)
 """What torch reports for gfx942 and gfx950."""
+
+_LARGE = (8, 0), (9, 0), (10, 0), (10, 3)
+"""Programs may have more than 99 KB of shared memory."""
+
+# Tiles for widths up to 64, 128 and 256.
+_HALF = {
+    "forward": (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    "backward_query": (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    "backward_key": (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
+}
+# Without tensor cores a thread holds all of its rows' and columns' operands: small tiles.
+_FLOAT32 = {
+    "forward": (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    "backward_query": (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1)),
+    "backward_key": (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1, 168), Tiles(16, 16, 8, 1)),
+}
+# Four warps of 64 lanes may have 512 registers a lane, eight of them 256.
+_MI300_HALF = {
+    "forward": (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    "backward_query": (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    "backward_key": (Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(16, 32, 4, 2)),
+}
+_MI300_FLOAT32 = {
+    "forward": (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1)),
+    "backward_query": (Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1)),
+    "backward_key": (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)),
+}
 
 OVERRIDES: dict[tuple[str, int, torch.dtype], Tiles] = {}
 """Tiles to use instead of the table's, by (kernel, padded head width, dtype); kernel is
@@ -69,26 +96,28 @@ def table(
         dtype: Of the inputs.
         query_rows: Queries that share a list.
     """
-    shared = query_rows >= 128 and dtype.itemsize == 2 and width <= 128
+    place = 0 if width <= 64 else 1 if width <= 128 else 2
+    if capability in _MI300:
+        return (_MI300_FLOAT32 if dtype.itemsize > 2 else _MI300_HALF)[kernel][place]
+    if dtype.itemsize > 2:
+        return _FLOAT32[kernel][place]
+    shared = query_rows >= 128 and width <= 128
     if kernel == "backward_query" and shared and capability == (9, 0) and width > 64:
         return Tiles(128, 64, 8, 2)
-    if kernel != "forward":
-        small = dtype.itemsize > 2 or width > 128
-        return Tiles(64, 64 if width <= 128 else 32, 4 if width <= 64 else 8, 1 if small else 2)
-    if dtype.itemsize > 2:  # products are not of tensor cores, and take registers
-        return Tiles(32, 32, 8, 1)
-    if width > 128:
-        return Tiles(64, 32, 8, 2)
-    if shared and _gains_from_wide_tiles(capability, width):
+    if kernel == "forward" and shared and _gains_from_wide_tiles(capability, width):
         registers = 128 if capability == (9, 0) and width <= 64 else None
         return Tiles(128, 64, 8, 2, registers)
-    return Tiles(64, 64, 4 if width <= 64 or capability == (9, 0) else 8, 2)
+    if capability == (9, 0) and (kernel, place) == ("forward", 1):
+        return Tiles(64, 64, 4, 2)
+    if capability[0] == 12 and (kernel, place) == ("backward_key", 0):
+        return Tiles(32, 64, 4, 2)
+    if capability not in _LARGE and (kernel, place) == ("backward_query", 2):
+        return Tiles(32, 32, 8, 2)
+    return _HALF[kernel][place]
 
 
 def _gains_from_wide_tiles(capability: tuple[int, int], width: int) -> bool:
     """Where tiles of 64 queries wait for the L2 cache, or leave room for one program anyway."""
-    if capability in _MI300:
-        return False
     return width > 64 or (9, 0) <= capability < (12, 0)
 
 
