@@ -19,12 +19,16 @@ N = 16384
 @dataclass(frozen=True)
 class Case:
     """A call; ``keys``: of single keys; ``kernels``: the only ones of it to look at, the others are
-    those of another case."""
+    those of another case; ``queries``, ``value_width``: None: as many, as wide, as the keys."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16
     width: int = 64
+    value_width: int | None = None
+    side: int = 32
     coarse: str = "pooled"
+    scope: str = "head"
+    queries: int | None = None
     query_rows: int | None = None
     backward: bool = False
     keys: bool = False
@@ -34,9 +38,13 @@ class Case:
 
 
 _ATTEND = ("forward_kernel",)
+_GRADIENTS = ("backward_query_kernel", "backward_key_kernel")
+_COARSE = ("coarse_rows_kernel", "coarse_cols_kernel")
 _KEYS = ("tail_kernel", "attend_kernel")
 _CHOOSE = ("choose_kernel",)
 _TWO = ("sm_80", "sm_90")
+_SMALL_TOO = ("sm_80", "sm_90", "sm_120", "gfx942")
+_FP32 = torch.float32
 _WIDE = ("sm_80", "sm_90", "sm_100", "sm_120")
 CASES = [
     Case("d64"),
@@ -57,12 +65,39 @@ CASES = [
     Case("backward d64", backward=True),
     Case("backward d128", width=128, backward=True),
     Case("d64 per_query", coarse="per_query", kernels=_ATTEND, architectures=_TWO),
-    Case("d256", width=256, kernels=_ATTEND, architectures=_TWO),
-    Case("fp32 d64", torch.float32, kernels=_ATTEND, architectures=_TWO),
-    Case("fp32 d128", torch.float32, width=128, kernels=_ATTEND, architectures=_TWO),
+    Case("d64 none by row", coarse="none", scope="row", architectures=_TWO),
+    Case("d16", width=16, kernels=_ATTEND, architectures=_TWO),
+    Case("d32 side 16", width=32, side=16, kernels=_ATTEND, architectures=_TWO),
+    Case("d40 to 96", width=40, value_width=96, kernels=_ATTEND, architectures=_TWO),
+    Case("d80 side 64", width=80, side=64, kernels=_ATTEND, architectures=_TWO),
+    Case("d256", width=256, kernels=_ATTEND, architectures=_SMALL_TOO),
+    Case("decode d64", queries=1, kernels=_ATTEND, architectures=_TWO),
+    Case("decode d128", width=128, queries=16, kernels=_ATTEND, architectures=_TWO),
+    Case("fp32 d64", _FP32, kernels=_ATTEND, architectures=_TWO),
+    Case("fp32 d128 side 64", _FP32, width=128, side=64, kernels=_ATTEND, architectures=_TWO),
+    Case("fp32 d256", _FP32, width=256, kernels=_ATTEND, architectures=_TWO),
+    Case(
+        "backward d64 per_query", coarse="per_query", backward=True, kernels=_COARSE,
+        architectures=_TWO,
+    ),
+    Case("backward d16", width=16, backward=True, kernels=_GRADIENTS, architectures=_TWO),
+    Case(
+        "backward d80 to 40", width=80, value_width=40, side=64, backward=True, kernels=_GRADIENTS,
+        architectures=_TWO,
+    ),
+    Case("backward d256", width=256, backward=True, architectures=_SMALL_TOO),
+    Case("backward fp32 d64", _FP32, backward=True, kernels=_GRADIENTS, architectures=_SMALL_TOO),
+    Case(
+        "backward fp32 d128", _FP32, width=128, backward=True, kernels=_GRADIENTS,
+        architectures=_SMALL_TOO,
+    ),
+    Case(
+        "backward fp32 d256", _FP32, width=256, backward=True, kernels=_GRADIENTS,
+        architectures=_TWO,
+    ),
     Case("mra d64", keys=True, kernels=("estimate_kernel", "open_kernel", *_KEYS)),
     Case("mra d128", width=128, keys=True, kernels=_KEYS, architectures=_TWO),
-]
+]  # fmt: skip
 
 
 @contextmanager
@@ -78,14 +113,17 @@ def _as_on(architecture: str) -> Iterator[None]:
 
 def launches(case: Case, architecture: str) -> list[Planned]:
     """What the call launches there; nothing is run, and nobody looks at results."""
-    query = torch.zeros(1, 2, case.n, case.width, dtype=case.dtype)
-    key, value = (torch.zeros(1, 1, case.n, case.width, dtype=case.dtype) for _ in range(2))
+    queries = case.queries or case.n
+    query = torch.zeros(1, 2, queries, case.width, dtype=case.dtype)
+    key = torch.zeros(1, 1, case.n, case.width, dtype=case.dtype)
+    value = torch.zeros(1, 1, case.n, case.value_width or case.width, dtype=case.dtype)
     config = MraAttentionConfig(
-        resolutions=(32, 1), budget=0.1, coarse=case.coarse, query_rows=case.query_rows
-    )
+        resolutions=(case.side, 1), budget=0.1, coarse=case.coarse, scope=case.scope,
+        query_rows=case.query_rows,
+    )  # fmt: skip
     if case.keys:
         config = MraKeysConfig(budget=0.1)
-    mask = AttentionMask.causal(case.n)
+    mask = AttentionMask.causal(queries, case.n, offset=case.n - queries)
     for tensor in (query, key, value):
         tensor.requires_grad_(case.backward)
     with _as_on(architecture), recorded() as planned:

@@ -62,6 +62,7 @@ class Compiled:
         warps: Per program.
         registers: Per thread.
         spills: Instructions, or on AMD registers, that go to memory for want of registers.
+        loop_spills: Those of them in innermost loops (on AMD instructions, too).
         shared_bytes: Per program.
         tensor_bytes: Columns of tensor memory (Blackwell).
         matrix: Matrix instructions in the hot loop, by name.
@@ -78,6 +79,7 @@ class Compiled:
     warps: int
     registers: int
     spills: int
+    loop_spills: int
     shared_bytes: int
     tensor_bytes: int
     matrix: Mapping[str, int]
@@ -133,7 +135,7 @@ def compiled(call: Specialization, architecture: str) -> Compiled:
     return figures
 
 
-_VERSION = b"5"
+_VERSION = b"7"
 """Change it with what is measured: older rows are not looked at any more."""
 
 
@@ -155,6 +157,7 @@ def _figures(call: Specialization, kernel: Any, architecture: str) -> Compiled:
         made.num_warps,
         code.registers,
         code.spills,
+        code.loop_spills,
         made.shared,
         tensor,
         code.matrix,

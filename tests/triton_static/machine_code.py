@@ -30,6 +30,7 @@ class Code:
 
     registers: int
     spills: int
+    loop_spills: int
     matrix: Mapping[str, int]
     pipelined: bool
     instructions: int
@@ -48,7 +49,8 @@ def nvidia(cubin: bytes) -> Code:
     assert registers, usage
     names, loops = _loops(text, _INSTRUCTION)
     total, bodies = Counter(names), _bodies(names, loops)
-    return _code(int(registers.group(1)), total["STL"] + total["LDL"], len(names), bodies)
+    spills, in_loops = (x["STL"] + x["LDL"] for x in (total, sum(bodies, Counter())))
+    return _code(int(registers.group(1)), spills, in_loops, len(names), bodies)
 
 
 def amd(text: str) -> Code:
@@ -59,15 +61,20 @@ def amd(text: str) -> Code:
 
     names, loops = _loops(text, _AMD_INSTRUCTION)
     bodies = _bodies(names, loops)
-    return _code(last("vgpr_count"), last("vgpr_spill_count"), len(names), bodies)
+    in_loops = sum(n for body in bodies for name, n in body.items() if name.startswith("scratch_"))
+    return _code(last("vgpr_count"), last("vgpr_spill_count"), in_loops, len(names), bodies)
 
 
-def _code(registers: int, spills: int, instructions: int, bodies: list[Counter[str]]) -> Code:
+def _code(
+    registers: int, spills: int, in_loops: int, instructions: int, bodies: list[Counter[str]]
+) -> Code:
     hot = max(bodies, key=_heat, default=Counter())
     ahead = any(_AHEAD.match(name) for name in hot)
     heavy = [sum(body.values()) for body in bodies if _matrix(body) or not _matrix(hot)]
     longest = max(heavy, default=0)
-    return Code(registers, spills, _matrix(hot), ahead, instructions, sum(hot.values()), longest)
+    return Code(
+        registers, spills, in_loops, _matrix(hot), ahead, instructions, sum(hot.values()), longest
+    )
 
 
 def _matrix(body: Counter[str]) -> dict[str, int]:
