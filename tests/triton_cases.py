@@ -100,6 +100,7 @@ SETTINGS = [
         _config(16, query_rows=64, coarse="none", scope="row"),
         queries=(1, 700), padded=True,
     ),
+    Setting("steps", F32, (32, 48), 2, _config(64), gradients=True, padded=True),
     Setting("few queries", F32, (64, 64), 2, _config(16), queries=(1, 16), keys=(1, 2500)),
     Setting(
         "few queries padded", BF16, (64, 32), 3, _config(32, coarse="per_query"),
