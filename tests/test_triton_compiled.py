@@ -54,9 +54,9 @@ MMA_SYNC = {
 """Kernels whose tiles are too small for the matrix instructions of Hopper and Blackwell."""
 
 SPILLS = {
-    "sm_120 d64 head_threshold_kernel": "2 words",
     "sm_90 backward d128 backward_key_kernel": "19 words; a tile without takes 1.5 times as long",
     "sm_100 backward d128 backward_key_kernel": "29 words; a tile without takes 1.4 times as long",
+    "sm_90 decode d64 forward_kernel": "2 words, where splits are merged",
     "sm_90 d256 forward_kernel": "37 words; 22 with half the keys, at 1.8 times the instructions",
     "sm_* backward d256 coarse_cols_kernel": "2 to 8 words",
 }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mra_kernels._triton import selection
+from mra_kernels._triton.threshold import CANDIDATES
 from triton_static.compiled import Compiled
 
 HEADS = 32
@@ -22,6 +23,11 @@ LAUNCH_MS = 0.004
 TURNS = 7
 """Of the search among the pairs of a short sequence: at most so many in hundreds of samples of
 noise, 16 to 32 blocks, budgets of 5 to 25 %."""
+LOOKALIKES = 0.056
+"""Share of a head's pairs whose keys begin with the 12 bits of the threshold's, on normal noise at
+10 %, at most: 15 bits, an eighth."""
+SCAN = 350
+"""Instructions to look through 2048 tallies, an estimate."""
 LONE_CYCLES = 2.0
 """Cycles per instruction of a program that has a multiprocessor to itself, per scheduler."""
 
@@ -141,11 +147,35 @@ def forward(
     else:
         threshold, opener = kernels["head_threshold_kernel"], kernels["open_kernel"]
         chosen = [_over_pairs(gpu, threshold, call.blocks, width, sweeps["threshold"])]
-        chosen[0] += _alone(gpu, threshold, call.blocks, sweeps["alone"])
+        chosen[0] += _alone(gpu, threshold, call.blocks, sweeps["alone"] + more_sweeps(call))
+        chosen[0] += _search(gpu, kernels, call)
         chosen += [_over_pairs(gpu, opener, call.blocks, width, sweeps["open"])]
     wide = call.query_rows is not None and "shared forward_kernel" in kernels
     attend = _attend(gpu, kernels["shared forward_kernel" if wide else "forward_kernel"], call)
     return Parts(pool + LAUNCH_MS, tuple(part + LAUNCH_MS for part in chosen), attend + LAUNCH_MS)
+
+
+def more_sweeps(call: Call) -> int:
+    """How often the last program scores a head's pairs again, for three bits more, until the pairs
+    that share the leading bits are few enough to be written down."""
+    pairs = math.prod(call.blocks)
+    alike = LOOKALIKES * pairs * (0.5 if call.causal else 1)
+    alike /= 1 << (selection.first_bits(pairs) - 12)
+    return max(0, math.ceil(math.log(alike / CANDIDATES, 8)))
+
+
+def _search(gpu: Gpu, kernels: Mapping[str, Compiled], call: Call) -> float:
+    """The last program looks through the tallies, and searches what it wrote down."""
+    largest = _choosers(kernels)[-1]
+    turn = largest.loop * CANDIDATES / (largest.constants["RB"] * largest.constants["CB"])
+    scanned = SCAN * (1 << selection.first_bits(math.prod(call.blocks))) / 2048
+    return (TURNS * turn + scanned) * LONE_CYCLES / gpu.clock * 1e3
+
+
+def _choosers(kernels: Mapping[str, Compiled]) -> list[Compiled]:
+    """The kernels that hold all pairs of a head, smallest first."""
+    found = [kernel for name, kernel in kernels.items() if "choose" in name]
+    return sorted(found, key=lambda kernel: kernel.constants["RB"] * kernel.constants["CB"])
 
 
 def _at_once_kernel(kernels: Mapping[str, Compiled], call: Call) -> Compiled | None:
@@ -153,10 +183,9 @@ def _at_once_kernel(kernels: Mapping[str, Compiled], call: Call) -> Compiled | N
     tile = selection.one_tile(*call.blocks, call.width, by_row=False)
     if tile is None:
         return None
-    sizes = [
-        (k.constants["RB"] * k.constants["CB"], k) for n, k in kernels.items() if "choose" in n
-    ]
-    return min((x for x in sizes if x[0] >= tile[0] * tile[1]), key=lambda x: x[0])[1]
+    pairs = tile[0] * tile[1]
+    fitting = (k for k in _choosers(kernels) if k.constants["RB"] * k.constants["CB"] >= pairs)
+    return next(fitting)
 
 
 def _at_once(gpu: Gpu, kernel: Compiled) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from mra_kernels._triton.threshold import CANDIDATES
 from triton_static.baseline import baseline
 from triton_static.compiled import Compiled
 from triton_static.keys_page import section
@@ -26,6 +27,7 @@ from triton_static.model import (
     break_even,
     dense_ms,
     forward,
+    more_sweeps,
     tile_cycles,
 )
 
@@ -147,6 +149,12 @@ def _assumptions() -> str:
         launch=LAUNCH_MS * 1e3,
         lone=LONE_CYCLES,
         turns=TURNS,
+        candidates=CANDIDATES,
+        again=", ".join(
+            f"{more} time{'s' * (more > 1)} at {n >> 10}k"
+            for n in LENGTHS
+            if (more := more_sweeps(Call(n, 64, 0.1)))
+        ),
         heads=HEADS,
         disjoint=DISJOINT,
         rates=rates,
@@ -178,9 +186,10 @@ _ASSUMPTIONS = """
   reached, which is what a dense Triton kernel reaches of its own: by the same rule it has bounds of
   604 and 627 TFLOP/s on an H100 at widths 64 and 128, and 403 and 395 were published.
 - A head's pairs of blocks are scored {threshold} times by all its programs and {alone} time by the
-  last of them, alone, at {lone:.0f} cycles per instruction; then {open} time to open them. The
-  search among the candidates that the last one wrote down is not modelled. In short sequences a
-  program scores a head's pairs once and searches in {turns} turns, all at that rate.
+  last of them, alone, at {lone:.0f} cycles per instruction; then {open} time to open them. The last
+  one scores them again where over {candidates} share the leading bits of the score sought: on
+  normal noise {again}. It searches those in {turns} turns, as in short sequences a program does
+  that scores a head's pairs once, all at that rate.
 - Dense attention: FlashAttention-3's published rates on the H100, FlashAttention-2's on the A100
   (read off plots; causal width 128 and the A100 are approximate).
 - {rates}. Rates of caches are estimates: the largest doubt of this page.

@@ -35,7 +35,6 @@ from mra_kernels._triton.primitives import (
 from mra_kernels._triton.short import choose_kernel
 from mra_kernels._triton.threshold import (
     CANDIDATES,
-    FIRST_BITS,
     head_threshold_kernel,
     row_threshold_kernel,
 )
@@ -211,13 +210,14 @@ def select(
         )  # fmt: skip
     else:
         segments = _segments(tables)
-        tallies = zeros[: flat * segments << FIRST_BITS]
+        bits = first_bits(rows * cols)
+        tallies = zeros[: flat * segments << bits]
         arrived, cursors = zeros[tallies.numel() :].split([flat, flat * segments])
         tuning.launch(
             head_threshold_kernel, grid,
             q_means, k_means, *inputs, best, thresholds, tallies, arrived, cursors,
             budgets.new_empty(flat, 2 * CANDIDATES), *numbers, room, mask_step,
-            SEGMENTS=segments, FIRST_BITS=FIRST_BITS, CANDIDATES=CANDIDATES,
+            SEGMENTS=segments, FIRST_BITS=bits, CANDIDATES=CANDIDATES,
             num_warps=4, **by_count, **shared,
         )  # fmt: skip
     tuning.launch(
@@ -243,7 +243,14 @@ def tally_space(flat: int, tables: MaskTables, width: int, settings: Settings) -
     if settings.by_row or one_tile(rows, cols, width, settings.by_row) is not None:
         return 0
     segments = _segments(tables)
-    return flat * ((segments << FIRST_BITS) + 1 + segments)
+    return flat * ((segments << first_bits(rows * cols)) + 1 + segments)
+
+
+def first_bits(pairs: int) -> int:
+    """Leading bits of keys that are tallied by all programs together: so many that few pairs share
+    those of the one sought, an even number to compile few kernels. The rest goes by three bits a
+    pass."""
+    return min(max(12, ((pairs - 1).bit_length() + 1) // 2 * 2 - 2), 18)
 
 
 def _segments(tables: MaskTables) -> int:

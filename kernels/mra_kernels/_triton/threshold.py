@@ -27,11 +27,12 @@ from mra_kernels._triton.primitives import (
     load_rows,
     run_of_rows,
 )
+from mra_kernels._triton.search import lowest_paid
 
-FIRST_BITS = 12
-"""Leading bits tallied by all programs together; the rest by eight buckets a pass."""
-CANDIDATES = 8192
-"""Pairs a head whose keys are written down, once so few are left."""
+CANDIDATES = 1024
+"""Pairs a head whose keys are written down, once so few are left: a program can hold them."""
+_SCANNED = tl.constexpr(2048)
+"""Tallies looked through at a time."""
 _BUCKETS = tl.constexpr(8)
 _BUCKET_BITS = tl.constexpr(3)
 
@@ -274,8 +275,8 @@ def head_threshold_kernel(
             above = tl.full([], 0, tl.int64)
             chosen = tl.full([], -1, tl.int32)
             count = tl.full([], 0, tl.int64)
-            for skipped in range(0, 1 << FIRST_BITS, 512):
-                bucket = (1 << FIRST_BITS) - 1 - skipped - tl.arange(0, 512)
+            for skipped in range(0, 1 << FIRST_BITS, _SCANNED):
+                bucket = (1 << FIRST_BITS) - 1 - skipped - tl.arange(0, _SCANNED)
                 tally = tl.load(TALLIES + (segment << FIRST_BITS) + bucket)
                 cost = tally & (ONE_PAIR - 1)
                 cost_from = above + tl.cumsum(cost, 0)
@@ -291,7 +292,7 @@ def head_threshold_kernel(
             shift = tl.full([], LOW, tl.int32)
             # While too many share them, three bits more: all pairs are scored again.
             while (count > CANDIDATES) & (shift > 0) & (chosen >= 0) & (left >= 0):
-                shift -= _BUCKET_BITS
+                shift = tl.maximum(shift - _BUCKET_BITS, 0)
                 tally = _sweep(
                     Q_MEANS, K_MEANS, ROWS, KEYS, BEST, FOUND, CURSORS, low, shift, segment,
                     rows, cols, scaling, softcap, offset, first_row, first_col,
@@ -302,6 +303,8 @@ def head_threshold_kernel(
                     tally, low + tl.zeros([1], tl.int64), left + tl.zeros([1], tl.int64), shift
                 )
                 low, count, left = tl.max(bottoms, 0), tl.max(counts, 0), tl.max(rests, 0)
+            # The one pair left, or the ties down to the last bit, is what costs too much.
+            found = low + (tl.full([], 1, tl.int64) << shift)
             if (count > 1) & (shift > 0) & (chosen >= 0) & (left >= 0):
                 _sweep(
                     Q_MEANS, K_MEANS, ROWS, KEYS, BEST, FOUND,
@@ -311,22 +314,12 @@ def head_threshold_kernel(
                     DIAGONAL, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
-                written = count
-                while (count > 1) & (shift > 0):
-                    shift -= _BUCKET_BITS
-                    tally = tl.zeros([1, _BUCKETS], tl.int64)
-                    for first_one in range(0, written.to(tl.int32), 512):
-                        one = first_one + tl.arange(0, 512)[None, :]
-                        keys = tl.load(FOUND + one * 2, mask=one < written, other=-1)
-                        worths = tl.load(FOUND + one * 2 + 1, mask=one < written, other=0)
-                        tally += _tally(keys, worths, low, shift)
-                    _digits, bottoms, counts, rests = _narrowed(
-                        tally, low + tl.zeros([1], tl.int64), left + tl.zeros([1], tl.int64), shift
-                    )
-                    low, count, left = tl.max(bottoms, 0), tl.max(counts, 0), tl.max(rests, 0)
+                one = tl.arange(0, CANDIDATES)[None, :]
+                keys = tl.load(FOUND + one * 2, mask=one < count, other=0)
+                worths = tl.load(FOUND + one * 2 + 1, mask=one < count, other=0)
+                costs = (worths & (ONE_PAIR - 1)).to(tl.int32)
+                found = tl.max(lowest_paid(keys, costs, left + tl.zeros([1], tl.int64)), 0)
                 tl.debug_barrier()
-            # The one pair left, or the ties down to the last bit, is what costs too much.
-            found = low + (tl.full([], 1, tl.int64) << shift)
             found = tl.where(chosen < 0, tl.full([], 0, tl.int64), found)
             budget = tl.load(BUDGETS + batch * 2 + segment)
             found = tl.where(budget < 0, tl.full([], NOTHING, tl.int64), found)
