@@ -23,6 +23,14 @@ from mra_cli.files import DEMOS, locate
 
 torch.set_num_threads(1)  # workers run side by side
 
+_LONG = "test_readme.py", "test_real_models.py", "test_tasks.py", "test_patch.py", "test_analyze.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 # --- demos -----------------------------------------------------------------------------------
 
 

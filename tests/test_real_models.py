@@ -46,8 +46,8 @@ def real_rows(output, batch) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("model", "side"),
     [
-        *(("minilm", "left"), ("minilm", "right"), ("smollm2", "left")),
-        pytest.param("smollm2", "right", marks=pytest.mark.slow),
+        *(("minilm", "left"), ("minilm", "right")),
+        *(pytest.param("smollm2", side, marks=pytest.mark.slow) for side in ("left", "right")),
     ],
 )
 @torch.no_grad()

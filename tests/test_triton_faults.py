@@ -23,6 +23,7 @@ from mra_kernels._triton import (  # noqa: E402
     pairs,
     pooling,
     primitives,
+    search,
     selection,
     short,
     threshold,
@@ -92,10 +93,16 @@ FAULTS = [
     ),
     Fault(
         "one pair too few, in one launch",
-        short._lowest_paid,
+        search.lowest_paid,
         "above > left",
         "above >= left",
         "shared by half a tile",
+    ),
+    Fault(
+        "candidates left out of the search",
+        threshold.head_threshold_kernel,
+        "mask=one < count, other=0",
+        "mask=one < count - 1, other=0",
     ),
     Fault("size of a block", pairs.coarse_step, "+ size[None, :]", ""),
     Fault(
