@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from triton_cases import SETTINGS, on_random_calls  # noqa: E402
 from triton_oracle import check, check_gradients  # noqa: E402
 
-CASES = int(os.environ.get("MRA_KERNEL_CASES", "150"))
+CASES = int(os.environ.get("MRA_KERNEL_CASES", "60"))
 """Random calls per setting; gradients of a third of them, and few at lengths in the thousands."""
 
 
