@@ -31,6 +31,7 @@ def test_every_example_is_tested():
     assert all(f'"{path.stem}"' in tested for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_recipe_study(saved, tmp_path):
     (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     out = run(

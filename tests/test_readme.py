@@ -118,7 +118,7 @@ def test_the_table_of_methods_is_what_they_say():
 @pytest.mark.parametrize(
     "command",
     [
-        c
+        pytest.param(c, marks=[pytest.mark.slow] if re.search("smollm2|--task", c) else [])
         for c in commands()
         if c.startswith(("mra-cli check", "mra-cli analyze", "mra-cli compare", "mra-cli explain"))
         and "calibration=" not in c  # see `test_calibrate_and_fold_run_as_shown`
@@ -133,6 +133,7 @@ def test_commands_run(command, tmp_path, minilm):
     assert {path.name for path in tmp_path.iterdir()} == set(named)
 
 
+@pytest.mark.slow
 @pytest.mark.checkpoints
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("mra-cli search")])
 def test_searches_find_plans(command, tmp_path, minilm):
