@@ -15,7 +15,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from mra_kernels import AttentionMask, MraAttentionConfig, mra_attention  # noqa: E402
+from mra_kernels import AttentionMask, MraAttentionConfig, MraKeysConfig, mra_attention  # noqa: E402
 from mra_kernels.testing import make_qkv  # noqa: E402
 from triton_cases import launched_by, plainly  # noqa: E402
 from triton_cpu import Executor  # noqa: E402
@@ -146,11 +146,15 @@ def test_what_has_no_answer_is_refused_in_one_line():
     with pytest.raises(NotImplementedError, match=r"no gradients of gradients; use impl='refer"):
         grad.sum().backward()
 
-    def loss(query):
-        return attend(query, key.detach(), value.detach()).output.sum()
 
-    query = query.detach()
-    only = pytest.raises(NotImplementedError, match=r"^triton has gradients by .* use impl='refer")
+@pytest.mark.parametrize("config", [MraAttentionConfig((16, 1), 0.3), MraKeysConfig(budget=0.3)])
+def test_transforms_are_refused_in_one_line(config):
+    query, key, value = tokens()
+
+    def loss(query):
+        return mra_attention(query, key, value, config=config, impl="triton").output.sum()
+
+    only = pytest.raises(ValueError, match=r"^triton has gradients by .* or use impl='reference'$")
     with only:
         torch.func.grad(loss)(query)
     with only:

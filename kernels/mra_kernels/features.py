@@ -26,7 +26,7 @@ _TOKENS_FOR_FEATURES = 1024
 """The leading features are those of so many tokens, spread evenly over the sequence."""
 
 _TURNS = 12
-"""Turns of the orthogonal iteration, after which features leave 1 % more than eigenvectors do."""
+"""Turns of the orthogonal iteration."""
 
 _FEWER = 8
 """Every so many-th of them is enough for their mean size."""

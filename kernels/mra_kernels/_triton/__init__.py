@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from mra_kernels.config import MraAttentionConfig, MraKeysConfig
 from mra_kernels.masks import AttentionMask
@@ -47,7 +48,13 @@ def reason_against(
         mask, config, bias: As in `mra_kernels.mra_attention`; None: not asked about.
     """
     given = [x for x in tensors if x is not None]
-    for reason in (_unusable(), _against_config(config), _against_tensors(given)):
+    reasons = (
+        _unusable(),
+        _against_config(config),
+        _against_tensors(given),
+        _against_transforms(given),
+    )
+    for reason in reasons:
         if reason is not None:
             return reason
     if bias is not None:
@@ -87,6 +94,16 @@ def _against_tensors(given: list[Tensor]) -> str | None:
             return f"triton takes heads up to {WIDEST} wide, got {tensor.shape[-1]}"
         if tensor.device.type not in ("cuda", "meta") and not runs_on_cpu():
             return "triton runs on GPUs only"
+    return None
+
+
+def _against_transforms(given: list[Tensor]) -> str | None:
+    """What torch would answer with zeros, or in many words."""
+    if torch.compiler.is_compiling():
+        return None
+    dual = any(unpack_dual(x).tangent is not None for x in given)
+    if dual or torch._C._are_functorch_transforms_active():
+        return "triton has gradients by torch.autograd only, not by torch.func or forward mode"
     return None
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from mra_kernels._triton.backward import gradients
 from mra_kernels._triton.forward import attend
@@ -222,18 +221,6 @@ def _refuse_twice(ctx: Any, *grads: Tensor) -> None:
 mra_backward.register_autograd(_refuse_twice)
 
 
-def _refuse_transforms(*tensors: Tensor) -> None:
-    """What torch would answer with zeros, or in many words."""
-    if torch.compiler.is_compiling():
-        return
-    dual = any(unpack_dual(x).tangent is not None for x in tensors)
-    if dual or torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "triton has gradients by torch.autograd only, not torch.func (vmap, grad, jvp, ...) or "
-            "forward mode; use impl='reference'"
-        )
-
-
 def mra_triton(
     query: Tensor,
     key: Tensor,
@@ -245,7 +232,6 @@ def mra_triton(
     means: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """See `mra_kernels._triton.mra_triton`."""
-    _refuse_transforms(query, key, value)
     tables, costs = mask_tables(mask, *config.block_shapes[0])
     query, key, value = (_readable(x) for x in (query, key, value))
     output, lse, _, opened, rescued, q_means, k_means, *_ = mra_forward(

@@ -13,6 +13,7 @@ from mra_kernels._triton.keys_attention import attend_kernel, tail_kernel
 from mra_kernels._triton.keys_choice import limit_kernel, open_kernel
 from mra_kernels._triton.keys_estimate import STEPS, estimate_kernel
 from mra_kernels._triton.keys_tables import KeyCosts, key_tables
+from mra_kernels._triton.plan import bits_of
 from mra_kernels._triton.pooling import pooled
 from mra_kernels.config import MraKeysConfig
 from mra_kernels.features import ByteFeatures
@@ -200,11 +201,6 @@ def _choice(
 ) -> KeyChoice:
     """The choice as other implementations tell it, worked out when asked for."""
 
-    def bits() -> Tensor:
-        each = torch.arange(32, device=opened.device, dtype=torch.int32)
-        every = ((opened[..., None] >> each) & 1).bool().flatten(-2)[..., : mask.n_keys]
-        return every.unflatten(0, heads)
-
     def figures() -> tuple[Tensor, Tensor, int, int, int]:
         step = torch.arange(tallies.shape[-1], device=tallies.device)
         chosen = (tallies * (step < limits[..., None])).sum(-1) + quotas
@@ -219,4 +215,4 @@ def _choice(
         density = (exact * real).sum(-1) / total
         return density, forced.expand_as(density), int(exact.sum()), left, estimated
 
-    return KeyChoice(rows, bits, figures)
+    return KeyChoice(rows, lambda: bits_of(opened, mask.n_keys).unflatten(0, heads), figures)

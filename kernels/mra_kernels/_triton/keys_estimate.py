@@ -6,9 +6,12 @@ keys_choice.py those that are near enough become bits.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
+from mra_kernels import keys
 from mra_kernels._triton.primitives import (
     LN_2,
     LOG2_E,
@@ -21,14 +24,14 @@ from mra_kernels._triton.primitives import (
 STEPS = tl.constexpr(128)
 """Distances are from 0 to 127."""
 
-_FARTHEST = tl.constexpr(127)
-_STEPS_PER_NAT = tl.constexpr(8)
-_APART = tl.constexpr(8)
+_FARTHEST = tl.constexpr(keys.FARTHEST)
+_STEPS_PER_NAT = tl.constexpr(keys.STEPS_PER_NAT)
+_APART = tl.constexpr(keys.APART)
 _CHUNK = tl.constexpr(64)
 _CLOSE = tl.constexpr(32)
 """See the constants of the same names in `mra_kernels.keys`."""
 
-_LOG2_APART = tl.constexpr(3.0)
+_LOG2_APART = tl.constexpr(math.log2(keys.APART))
 SILENT = tl.constexpr(-(1 << 30))
 """Takes the products of a query that doesn't speak for its block below all others."""
 

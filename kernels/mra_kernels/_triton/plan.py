@@ -75,6 +75,12 @@ class Plan(NamedTuple):
     weighted: Tensor | None
 
 
+def bits_of(words: Tensor, count: int) -> Tensor:
+    """Bits of int32 words ``[..., W]``, lowest first, bool ``[..., count]``."""
+    each = torch.arange(32, device=words.device, dtype=torch.int32)
+    return ((words[..., None] >> each) & 1).bool().flatten(-2)[..., :count]
+
+
 def selection_of(
     opened: Tensor,
     rescued: Tensor | None,
@@ -93,10 +99,6 @@ def selection_of(
     (batch, heads, rows, _), (kv_heads, cols) = q_means.shape, k_means.shape[1:3]
     query_rows, side = config.block_shapes[0]
 
-    def bits() -> Tensor:
-        each = torch.arange(32, device=opened.device, dtype=torch.int32)
-        return ((opened[..., None] >> each) & 1).bool().flatten(-2)[..., :cols]
-
     def legal() -> Tensor:
         index = torch.arange(batch * rows * cols, device=opened.device)
         b, place = index // (rows * cols), index % (rows * cols)
@@ -108,7 +110,7 @@ def selection_of(
         entries = legal()
         n_queries, n_keys = mask.block_sizes(side, batch, query_rows)
         cut = (entries < n_queries[:, :, None] * n_keys[:, None]) & (entries > 0)
-        chosen = bits().view(batch, heads, rows, cols)
+        chosen = bits_of(opened, cols).view(batch, heads, rows, cols)
         real = entries * ~mask.padding_rows(query_rows, batch)[:, :, None]
         forced = cut[:, None].expand_as(chosen)
         if rescued is not None:
@@ -126,7 +128,7 @@ def selection_of(
         kept = heads if first is None else first
         queries, keys = q_means[:, :kept], k_means[:, : max(1, kept * kv_heads // heads)]
         entries = legal()[:, None].expand(-1, kept, -1, -1).flatten(0, 1)
-        chosen = bits().view(batch, heads, rows, cols)[:, :kept].flatten(0, 1)
+        chosen = bits_of(opened, cols).view(batch, heads, rows, cols)[:, :kept].flatten(0, 1)
 
         def listed(which: Tensor) -> BlockPairs:
             head, row, col = (which & (entries > 0)).nonzero(as_tuple=True)
