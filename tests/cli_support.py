@@ -51,7 +51,11 @@ def assert_refused(ran, says, code=1):
 
 
 def python(*arguments, **environment):
-    """Arguments of `subprocess` for a fresh Python without our test settings."""
+    """Arguments of `subprocess` for a fresh Python without our test settings.
+
+    Nor with this process's `sys.path`, where transformers may have put a cache of modules: its
+    `transformers_modules` would hide the child's own.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("MRA_DEBUG", "TQDM_DISABLE")}
     return {"args": [sys.executable, *map(str, arguments)], "env": env | environment}
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, *arguments, cwd: Path) -> str:
-    call = python(EXAMPLES / f"{name}.py", *arguments, HF_HUB_OFFLINE="1")
-    call["env"]["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    call["env"]["HF_HOME"] = str(cwd / "cache")
+    call = python(EXAMPLES / f"{name}.py", *arguments, HF_HOME=str(cwd / "cache"))
     done = subprocess.run(**call, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

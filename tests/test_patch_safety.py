@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,7 +99,7 @@ def test_a_full_disk_leaves_nothing_and_what_was_there(cli, copy, tmp_path, ther
         assert cli("patch", source, "--out", out, "--copy", *QUICK).code == 0
     before = hashes(source), hashes(out)
     arguments = ("-m", "mra_cli", "patch", source, "--out", out, "--copy", "--force", *QUICK)
-    call = python(*arguments, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    call = python(*arguments)
     done = subprocess.run(
         **call, capture_output=True, text=True, check=False, preexec_fn=limited(100_000)
     )

@@ -40,7 +40,6 @@ def mra_cli(arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=cwd,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
 
 
@@ -167,7 +166,7 @@ def test_patch_runs_as_shown(tmp_path, minilm, monkeypatch):
     for package in (older, older.parent):
         (package / "__init__.py").touch()
     with monkeypatch.context() as patch:
-        patch.syspath_prepend(tmp_path / "older")
+        patch.setenv("PYTHONPATH", str(tmp_path / "older"), prepend=os.pathsep)
         for command in shown:
             done = mra_cli(command.removeprefix("mra-cli "), tmp_path)
             assert done.returncode == 0, done.stderr
