@@ -22,13 +22,9 @@ from triton_static.model import GPUS, Call, forward  # noqa: E402
 from triton_static.predict import SWEEPS, kernels_of  # noqa: E402
 
 N, SIDE = 4096, 32
-BACKWARD = {"pooled": 5, "per_query": 5, "none": 3}
-"""Launches of a backward pass: deltas, queries, keys; and the coarse term's rows and columns."""
-
-LIMITS = {"pooled": 1.3, "per_query": 1.75, "none": 1.3}
-"""Of bytes moved backward, times the least. ``per_query`` reads queries and gradients of the output
-once more for block means, the means once per 16 queries (larger tiles spill), and the gradients of
-queries on the way, in float32."""
+BACKWARD = {"pooled": 5, "per_query": 4, "none": 3}
+"""Launches of a backward pass: deltas, queries, keys; the coarse term's columns, and its rows,
+unless they are queries."""
 
 
 def run(coarse, budget=0.1, causal=False):
@@ -139,7 +135,7 @@ def test_a_backward_pass_moves_little_more_than_it_must(coarse, budget, causal):
         least += means_bytes(result, tokens[2], rows)
         least += SIDE * of_tokens * tiles_and_blocks(left, wide, False)
     moved = sum(sum(x.values()) for one in backward for x in (one.loaded_bytes, one.stored_bytes))
-    assert moved <= LIMITS[coarse] * least, f"{moved / least:.2f} times the least"
+    assert moved <= 1.3 * least, f"{moved / least:.2f} times the least"
     stored = {name: n for launch in backward for name, n in launch.stored_bytes.items()}
     for name, tensor in zip(("DQ", "DK", "DV_"), tokens, strict=True):
         assert stored[name] == bytes_of(tensor), name

@@ -158,7 +158,7 @@ FAULTS = [
     ),
     Fault(
         "slope of the soft-cap",
-        backward._cap_slope,
+        primitives.cap_slope,
         "1 - level * level",
         "1 - level",
         "block per row",
@@ -247,19 +247,26 @@ FAULTS = [
         "odd widths",
     ),
     Fault(
-        "slope of the soft-cap of means",
-        primitives.logit_slopes,
-        "1 - level * level",
-        "1 - level",
-        "block per row",
-        check_gradients,
-    ),
-    Fault(
         "keys of another head",
         backward.backward_query_kernel,
         "head // GROUP * skh",
         "head % (heads // GROUP) * skh",
         "mra2 padded",
+        check_gradients,
+    ),
+    Fault(
+        "the last row that has a column",
+        backward_coarse._rows_with,
+        "row + 1, 0",
+        "row, 0",
+        examine=check_gradients,
+    ),
+    Fault(
+        "means of another head, per query",
+        backward.backward_query_kernel,
+        "flat // GROUP * cols * DV",
+        "flat * cols * DV",
+        "per query",
         check_gradients,
     ),
     Fault(

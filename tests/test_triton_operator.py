@@ -119,6 +119,7 @@ def test_a_row_that_sees_nothing_passes_no_gradient_to_keys():
         ("padding rows", {}),
         ("integers", {"scope": "row"}),
         ("padding rows", {"score": "mu", "blocks_per_row": 3}),
+        ("queries before keys", {"first_blocks": 1, "query_rows": 32, "diagonal_blocks": 0}),
     ],
 )
 def test_ties_are_broken_as_the_specification_does(inputs, change, at_once, monkeypatch, executor):
@@ -140,11 +141,13 @@ def test_ties_are_broken_as_the_specification_does(inputs, change, at_once, monk
     if inputs == "all equal":
         query, key = torch.ones_like(query), torch.ones_like(key)
         mask = AttentionMask.full(640, 640)
+    elif inputs == "queries before keys":
+        mask = AttentionMask.causal(640, offset=-1)
     elif inputs == "padding rows":
         valid = torch.ones(2, 640, dtype=torch.bool)
         valid[0, :320] = False
         mask = AttentionMask.full(640, 640).with_padding(valid, valid)
-    config = MraAttentionConfig((16, 1), 0.2, diagonal_blocks=1, **change)
+    config = MraAttentionConfig((16, 1), 0.2, **{"diagonal_blocks": 1, **change})
     call = {"config": config, "mask": mask, "scaling": 0.5}
     ours = mra_attention(query, key, key, impl="triton", **call).selection
     assert len(executor.launches) == (3 if at_once else 4)

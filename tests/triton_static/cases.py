@@ -39,7 +39,7 @@ class Case:
 
 _ATTEND = ("forward_kernel",)
 _GRADIENTS = ("backward_query_kernel", "backward_key_kernel")
-_COARSE = ("coarse_rows_kernel", "coarse_cols_kernel")
+_PER_QUERY = ("backward_query_kernel", "coarse_cols_kernel")
 _KEYS = ("tail_kernel", "attend_kernel")
 _CHOOSE = ("choose_kernel",)
 _TWO = ("sm_80", "sm_90")
@@ -64,7 +64,7 @@ CASES = [
     ),
     Case("backward d64", backward=True),
     Case("backward d128", width=128, backward=True),
-    Case("d64 per_query", coarse="per_query", kernels=_ATTEND, architectures=_TWO),
+    Case("d64 per_query", coarse="per_query", kernels=_ATTEND),
     Case("d64 none by row", coarse="none", scope="row", architectures=_TWO),
     Case("d16", width=16, kernels=_ATTEND, architectures=_TWO),
     Case("d32 side 16", width=32, side=16, kernels=_ATTEND, architectures=_TWO),
@@ -77,8 +77,13 @@ CASES = [
     Case("fp32 d128 side 64", _FP32, width=128, side=64, kernels=_ATTEND, architectures=_TWO),
     Case("fp32 d256", _FP32, width=256, kernels=_ATTEND, architectures=_TWO),
     Case(
-        "backward d64 per_query", coarse="per_query", backward=True, kernels=_COARSE,
+        "fp32 d128 per_query", _FP32, width=128, coarse="per_query", kernels=_ATTEND,
         architectures=_TWO,
+    ),
+    Case("backward d64 per_query", coarse="per_query", backward=True, kernels=_PER_QUERY),
+    Case(
+        "backward d128 per_query", width=128, coarse="per_query", backward=True,
+        kernels=_PER_QUERY, architectures=("sm_90", "sm_120"),
     ),
     Case("backward d16", width=16, backward=True, kernels=_GRADIENTS, architectures=_TWO),
     Case(

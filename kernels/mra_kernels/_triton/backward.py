@@ -8,7 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mra_kernels._triton import tuning
-from mra_kernels._triton.backward_coarse import coarse_gradients, prepare
+from mra_kernels._triton.backward_coarse import (
+    coarse_tile,
+    column_gradients,
+    prepare,
+    row_gradients,
+)
 from mra_kernels._triton.forward import CHUNK, COARSE
 from mra_kernels._triton.lists import (
     WHO,
@@ -26,19 +31,15 @@ from mra_kernels._triton.primitives import (
     LOG2_E,
     ROW_FACTS,
     afresh,
+    block_row_facts,
+    cap_slope,
     load_norm,
     load_rows,
     logits_of,
     row_dots,
+    run_of_rows,
     store_rows,
 )
-
-
-@triton.jit
-def _cap_slope(logits, softcap):
-    """Derivative of soft-capped logits with respect to those before."""
-    level = logits / softcap
-    return 1 - level * level
 
 
 @triton.jit
@@ -61,14 +62,14 @@ def _query_step(
     dots = row_dots(grad, GRAD, inside, v, V + at * svn, key < m, DV, DVP, PRECISION)
     ddots = weights * (dots - delta[:, None])
     if CAPPED:
-        ddots = ddots * _cap_slope(logits, softcap)
+        ddots = ddots * cap_slope(logits, softcap)
     return tl.dot(ddots.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
 def backward_query_kernel(
     Q, K, V, GRAD, TOTAL, DELTA, DQ, OPEN, ROWS, KEYS, INTERVALS, KEY_VALID, QUERY_POOLED,
-    COARSE_DQ, SHARE, LISTS,
+    COARSE_DQ, SHARE, COARSE_DELTA, K_MEANS, V_MEANS, LISTS,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdb, sdh, sdn,
     heads, n, m, rows, cols, words, mask_step, scaling, softcap,
     GROUP: tl.constexpr, QUERY_ROWS: tl.constexpr, SIDE: tl.constexpr,
@@ -76,7 +77,11 @@ def backward_query_kernel(
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries. Grid: (tiles of ``BM`` queries, batch * heads)."""
+    """Gradients of queries. Grid: (tiles of ``BM`` queries, batch * heads).
+
+    ``DELTA`` is what exact logits are pulled back by, `gradients`' ``pull``; ``COARSE_DELTA`` the
+    same of means.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     flat = tl.program_id(1).to(tl.int64)
     LISTS += (flat * tl.num_programs(0) + tile) * CHUNK
@@ -132,6 +137,23 @@ def backward_query_kernel(
             )  # fmt: skip
     query = afresh(tile, n) * BM + tl.arange(0, BM)
     inside = query < n
+    if COARSE == 2:
+        whole_first, whole_stop, _, _ = block_row_facts(ROWS, query // QUERY_ROWS, inside)
+        delta = tl.load(COARSE_DELTA + flat * n + query, mask=inside, other=0.0)
+        K_MEANS += flat // GROUP * cols * D
+        V_MEANS += flat // GROUP * cols * DV
+        CB: tl.constexpr = 16
+        begin_col, end_col = run_of_rows(whole_first, whole_stop, inside, cols, CB)
+        for col_0 in tl.range(begin_col, end_col, CB, num_stages=2):
+            col = col_0 + tl.arange(0, CB)
+            k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(q.dtype)
+            v_mean = load_rows(V_MEANS, col, DV, col < cols, DV, DVP).to(q.dtype)
+            _weights, ddots = coarse_tile(
+                q, Q, grad, GRAD, norm, delta, query, n, k_mean, K_MEANS, v_mean, V_MEANS, col,
+                OPEN, ROWS, KEYS, rows, cols, words, scaling, softcap, D, DP, DV, DVP,
+                QUERY_ROWS, CAPPED, PRECISION,
+            )  # fmt: skip
+            dq = tl.dot(ddots.to(q.dtype), k_mean, dq, input_precision=PRECISION)
     dq = dq * scaling
     if COARSE == 1:
         row = query // QUERY_ROWS
@@ -140,8 +162,6 @@ def backward_query_kernel(
             counted = tl.load(QUERY_POOLED + of_mask * n + query, mask=inside, other=0)
             share = tl.where(counted != 0, share, 0.0)
         dq += load_rows(COARSE_DQ + flat * rows * D, row, D, inside, D, DP) * share[:, None]
-    if COARSE == 2:
-        dq += load_rows(COARSE_DQ + flat * n * D, query, D, inside, D, DP)
     store_rows(DQ + batch * sdb + head * sdh, query, sdn, dq, inside, D, DP)
 
 
@@ -178,7 +198,7 @@ def _key_step(
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     ddots = weights * (slopes - delta[None, :])
     if CAPPED:
-        ddots = ddots * _cap_slope(logits, softcap)
+        ddots = ddots * cap_slope(logits, softcap)
     dk = tl.dot(ddots.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -302,7 +322,8 @@ def gradients(
         if peak is not None:
             assert block_grad is not None and block_delta is not None
             of_rows = means[0], block_grad, peak, block_delta
-        coarse_dq, coarse_dk, coarse_dv = coarse_gradients(
+            coarse_dq = row_gradients(*of_rows, means[1], means[2], opened, tables, settings)
+        coarse_dk, coarse_dv = column_gradients(
             *of_rows, means[1], means[2], opened, tables, settings
         )
     # In weights of the whole softmax, lse pulls at exact logits by this much more.
@@ -343,7 +364,8 @@ def gradients(
     tuning.launch(
         backward_query_kernel, (tiles, batch * heads),
         query, key, value, grad, total, pull, dq, opened, tables.rows, tables.keys_per_block,
-        tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share, lists,
+        tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share,
+        *((delta, means[1], means[2]) if means is not None and peak is None else [None] * 3), lists,
         *strides, *dq.stride()[:3], heads, *counts, *numbers, **shared, **shapes,
     )  # fmt: skip
     tiles, shapes = cut("backward_key", n)

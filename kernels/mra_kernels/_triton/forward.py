@@ -191,12 +191,13 @@ def forward_kernel(
         whole_first, whole_stop, _, _ = block_row_facts(ROWS, row, inside)
         K_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * D
         V_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * DV
-        begin_col, end_col = run_of_rows(whole_first, whole_stop, inside, cols, 32)
-        for col_0 in range(begin_col, end_col, 32):
-            col = col_0 + tl.arange(0, 32)
+        CB: tl.constexpr = 32 if DP * q.dtype.primitive_bitwidth <= 2048 else 16
+        begin_col, end_col = run_of_rows(whole_first, whole_stop, inside, cols, CB)
+        for col_0 in tl.range(begin_col, end_col, CB, num_stages=1):
+            col = col_0 + tl.arange(0, CB)
             word = tl.load(OPEN + row.to(tl.int64) * words + col_0 // 32, mask=inside, other=0)
             n_keys = tl.load(KEYS + col, mask=col < cols, other=0)
-            left = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) == 0
+            left = ((word[:, None] >> (col % 32)[None, :]) & 1) == 0
             left = left & (col[None, :] >= whole_first[:, None]) & (col < whole_stop[:, None])
             left = left & (n_keys > 0)[None, :]
             k_mean = load_rows(K_MEANS, col, D, col < cols, D, DP).to(q.dtype)

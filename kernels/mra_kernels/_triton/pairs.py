@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mra_kernels._triton.primitives import (
     LOG2_E,
+    floor_div,
     load_rows,
     logits_of,
     softmax_step,
@@ -57,12 +58,12 @@ def sort_keys(
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = bits.to(tl.int64) + (1 << 31)
     if FIRST > 0:
-        favoured = (row + offset // QUERY_ROWS < first_row + FIRST)[:, None] | (
+        favoured = (row + floor_div(offset, QUERY_ROWS) < first_row + FIRST)[:, None] | (
             col < first_col + FIRST
         )[None, :]
         key += tl.where(favoured, 1 << 32, 0).to(tl.int64)
     if DIAGONAL > 0:
-        behind = col[None, :] - ((row * QUERY_ROWS + offset) // SIDE)[:, None]
+        behind = col[None, :] - floor_div(row * QUERY_ROWS + offset, SIDE)[:, None]
         near = (behind >= -(DIAGONAL // 2)) & (behind < QUERY_ROWS // SIDE + DIAGONAL // 2)
         if FIRST > 0:
             near = near & (key < (1 << 32))

@@ -35,6 +35,12 @@ def afresh(tile, length):
 
 
 @triton.jit
+def floor_div(x, by: tl.constexpr):
+    """Rounded down below zero, too, where ``//`` rounds up as in C."""
+    return tl.where(x < 0, x - by + 1, x) // by
+
+
+@triton.jit
 def store_rows(base, rows, stride, values, inside, D: tl.constexpr, DP: tl.constexpr):
     """Rows of D adjacent numbers, where ``inside``."""
     d = tl.arange(0, DP)
@@ -93,13 +99,10 @@ def logits_of(dots, scaling, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def logit_slopes(dots, scaling, softcap, CAPPED: tl.constexpr):
-    """Derivative of `logits_of` with respect to ``dots``."""
-    slopes = tl.zeros_like(dots) + scaling
-    if CAPPED:
-        level = tanh(dots * scaling / softcap)
-        slopes = slopes * (1 - level * level)
-    return slopes
+def cap_slope(logits, softcap):
+    """Derivative of soft-capped logits with respect to those before."""
+    level = logits / softcap
+    return 1 - level * level
 
 
 @triton.jit
