@@ -40,9 +40,9 @@ ONE_PROGRAM = {
     "* d128 shared *": "an accumulator of 128 x 128",
     "sm_120 *d128 *": "99 KB of shared memory",
     "gfx942 *": "64 KB of shared memory, and accumulators in registers",
-    "* backward d128 backward_*": "8 warps and accumulators of 64 x 128",
+    "* backward d128 *backward_*": "8 warps and accumulators of 64 x 128",
     "* d256 *": "accumulators of 64 x 256",
-    "* backward d128 coarse_cols_kernel": "8 warps, or it spills",
+    "* backward d128 *coarse_cols_kernel": "8 warps, or it spills",
     "* fp32 *": "no tensor cores: operands in registers",
 }
 """Kernels that leave room for no second program on a multiprocessor, and why that is accepted."""
