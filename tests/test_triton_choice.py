@@ -20,7 +20,7 @@ from mra_kernels import (
     reason_against,
 )
 from mra_kernels._triton import WIDEST
-from mra_kernels._triton.mask_tables import mask_tables
+from mra_kernels._triton.mask_tables import tables_of
 from mra_kernels.testing import make_qkv
 
 CONFIG = MraAttentionConfig()
@@ -109,7 +109,7 @@ def masks(draw):
 @given(masks(), st.sampled_from([16, 32]), st.booleans())
 def test_tables_say_what_the_mask_says(mask, side, by_count):
     """Runs of whole and seen blocks against counting each pair's entries."""
-    tables, costs = mask_tables(mask, side, side)
+    tables, costs = tables_of(mask, side, side)
     batch = tables.rows.shape[0]
     n_queries, n_keys = mask.block_sizes(side, batch)
     rows, cols = n_queries.shape[1], n_keys.shape[1]

@@ -22,6 +22,7 @@ from mra_kernels._triton import (  # noqa: E402
     keys_choice,
     keys_estimate,
 )
+from mra_kernels._triton.keys_tables import _features, key_facts  # noqa: E402
 from mra_kernels.features import iterated_vectors, leading_vectors  # noqa: E402
 from mra_kernels.scores import ScoreRule  # noqa: E402
 from mra_kernels.testing import make_qkv  # noqa: E402
@@ -132,8 +133,7 @@ def test_one_operator_for_torch(executor):
     """Fake and meta tensors and compiled graphs agree with what runs."""
     mask, config = AttentionMask.causal(40), MraKeysConfig(budget=0.3, rank=33)
     query, key, value = make_qkv(2, 2, 2, 2, 40, 40, *WIDTHS, dtype=torch.float32)
-    tables, _, budgets = keys.key_tables(mask, config, 2)
-    features = keys._features(query, key, mask, config, 0.25)
+    features, tables, budgets = key_facts(query, key, mask, config, 0.25)
     torch.library.opcheck(
         keys.keys_forward,
         (query, key, value, None, features, budgets, list(tables[:3]), None, None, 16, 16, True,
@@ -179,7 +179,7 @@ def test_predictions_count_what_features_cost(width):
     query, key = torch.empty(2, 1, heads, n, width, dtype=torch.bfloat16, device="meta")
     mask = AttentionMask.full(n, n, device="meta")
     with Counted() as counted:
-        keys._features(query, key, mask, MraKeysConfig(), 0.125)
+        _features(query, key, mask, MraKeysConfig(), 0.125)
     assert counted.operations == FEATURE_OPS
     assert counted.bytes / n / heads == pytest.approx(FEATURE_BYTES[width], rel=0.02)
 

@@ -20,7 +20,7 @@ from mra_kernels.testing import make_qkv  # noqa: E402
 from triton_cases import launched_by, plainly  # noqa: E402
 from triton_cpu import Executor  # noqa: E402
 
-CONFIG = MraAttentionConfig((16, 1), 0.3)
+CONFIG, KEYS = MraAttentionConfig((16, 1), 0.3), MraKeysConfig(budget=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,28 @@ def tokens(n=70, dtype=torch.float32, grad=False):
     return [x.requires_grad_(grad) for x in make_qkv(2, n=n, m=n, d=16, dv=16, dtype=dtype)]
 
 
-def attend(query, key, value, mask=None, **extra):
+def attend(query, key, value, mask=None, config=CONFIG, **extra):
     mask = AttentionMask.causal(query.shape[2], key.shape[2]) if mask is None else mask
-    return mra_attention(query, key, value, config=CONFIG, mask=mask, impl="triton", **extra)
+    return mra_attention(query, key, value, config=config, mask=mask, impl="triton", **extra)
+
+
+class Padded(torch.nn.Module):
+    """Causal, with padding that comes as a tensor: of keys, and in self-attention of queries."""
+
+    def __init__(self, config, of_queries=True):
+        super().__init__()
+        self.config, self.of_queries = config, of_queries
+
+    def forward(self, query, key, value, valid):
+        mask = AttentionMask.causal(query.shape[2], key.shape[2])
+        mask = mask.with_padding(valid, valid if self.of_queries else None)
+        return attend(query, key, value, mask, self.config).output
+
+
+def padded(n, m, batch=2, dtype=torch.float32):
+    valid = torch.ones(batch, m, dtype=torch.bool)
+    valid[0, : m // 9], valid[-1, m - m // 7 :] = False, False
+    return *make_qkv(2, batch, n=n, m=m, d=16, dv=16, dtype=dtype), valid
 
 
 def test_registrations_agree():
@@ -47,11 +66,11 @@ def test_registrations_agree():
     from mra_kernels.scores import ScoreRule
 
     mask = AttentionMask.causal(40)
-    tables, costs = mask_tables(mask, 16, 16)
     for coarse in ("pooled", "none"):
         config = MraAttentionConfig((16, 1), 0.3, coarse=coarse)
+        tables, budgets = mask_tables(mask, config)
         arguments = (
-            *tokens(40, grad=True), None, [], costs.budgets(config), list(tables[:4]), None, None,
+            *tokens(40, grad=True), None, [], budgets, list(tables[:4]), None, None,
             *Settings.of(config, ScoreRule(0.25), 0),
         )  # fmt: skip
         torch.library.opcheck(
@@ -68,14 +87,18 @@ def test_meta_tensors():
     assert result.output.shape == (2, 4, 70, 16) and result.output.dtype == torch.float16
 
 
-def test_one_graph_for_all_lengths():
+@pytest.mark.parametrize("config", [CONFIG, KEYS])
+def test_one_graph_for_all_lengths(config):
     from torch._dynamo.testing import CompileCounter
 
-    counter = CompileCounter()
-    graph = torch.compile(lambda *x: attend(*x).output, backend=counter, fullgraph=True)
-    for n in (70, 90, 130, 333):
-        assert torch.equal(graph(*tokens(n)), attend(*tokens(n)).output)
-    assert counter.frame_count == 2, "a first for one length, a second for all others"
+    counter, attention = CompileCounter(), Padded(config)
+    graph = torch.compile(attention, backend=counter, fullgraph=True)
+    for n in (70, 90, 600):
+        call = padded(n, n)
+        for x in call:
+            torch._dynamo.mark_dynamic(x, min(2, x.ndim - 1))
+        assert torch.equal(graph(*call), attention(*call))
+    assert counter.frame_count == 1
 
 
 def test_compiled_gradients():
@@ -147,7 +170,7 @@ def test_what_has_no_answer_is_refused_in_one_line():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("config", [MraAttentionConfig((16, 1), 0.3), MraKeysConfig(budget=0.3)])
+@pytest.mark.parametrize("config", [CONFIG, KEYS])
 def test_transforms_are_refused_in_one_line(config):
     query, key, value = tokens()
 

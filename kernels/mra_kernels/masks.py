@@ -7,12 +7,15 @@ numbers. A boolean matrix is kept only for masks that have no such form.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Fact = TypeVar("Fact")
 
 
 class BlockFacts(NamedTuple):
@@ -285,21 +288,24 @@ class AttentionMask:
         legal = self.legal_per_row().expand(batch_size, -1)
         return _block_sum(legal, query_rows)
 
-    @cached_property
+    @property
     def real_before(self) -> Tensor | None:
         """How many real keys stand before each key, int64 ``[B or 1, M + 1]``; None: all real."""
-        if self.key_valid is None:
+        valid = self.key_valid
+        if valid is None:
             return None
-        return torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
+        return self.kept(
+            "real_before", lambda: torch.nn.functional.pad(valid.long().cumsum(-1), (1, 0))
+        )
 
     def blocks(self, side: int, batch_size: int, query_rows: int | None = None) -> BlockFacts:
         """All that a block shape and the mask say of each other; kept for the next call."""
         rows = query_rows or side
-        kept: dict[tuple[int, int, int], BlockFacts] = self.__dict__.setdefault("_blocks", {})
-        if (side, rows, batch_size) not in kept:
+
+        def made() -> BlockFacts:
             n_queries, n_keys = self.block_sizes(side, batch_size, rows)
             padding = self.padding_rows(rows, batch_size)
-            kept[side, rows, batch_size] = BlockFacts(
+            return BlockFacts(
                 n_queries.contiguous(),
                 n_keys.contiguous(),
                 n_keys.float().log(),
@@ -308,9 +314,22 @@ class AttentionMask:
                 (~padding).int().argmax(1),
                 (n_keys > 0).int().argmax(1),
             )
-        return kept[side, rows, batch_size]
+
+        return self.kept(("blocks", side, rows, batch_size), made)
 
     # --- helpers ------------------------------------------------------------------------------
+
+    def kept(self, name: Hashable, make: Callable[[], Fact]) -> Fact:
+        """What ``make`` finds out about the mask, kept for the next call; not by torch.compile and
+        torch.export, whose tensors end with the trace."""
+        if torch.compiler.is_compiling():
+            return make()
+        # No `cached_property`: in Python 3.11 it takes a lock, which torch.compile can't trace.
+        facts: dict[Hashable, Any] = self.__dict__.setdefault("_kept", {})
+        if name not in facts:
+            facts[name] = make()
+        fact: Fact = facts[name]
+        return fact
 
     def _block_rows(
         self, batch: Tensor, row: Tensor, rows: int

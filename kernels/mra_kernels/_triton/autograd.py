@@ -232,7 +232,7 @@ def mra_triton(
     means: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """See `mra_kernels._triton.mra_triton`."""
-    tables, costs = mask_tables(mask, *config.block_shapes[0])
+    tables, budgets = mask_tables(mask, config)
     query, key, value = (_readable(x) for x in (query, key, value))
     output, lse, _, opened, rescued, q_means, k_means, *_ = mra_forward(
         query,
@@ -240,7 +240,7 @@ def mra_triton(
         value,
         sinks,
         list(means or ()),
-        costs.budgets(config),
+        budgets,
         list(tables[:4]),
         tables.key_valid,
         tables.query_pooled,

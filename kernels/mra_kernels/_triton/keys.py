@@ -6,17 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mra_kernels._triton import tuning
 from mra_kernels._triton.keys_attention import attend_kernel, tail_kernel
 from mra_kernels._triton.keys_choice import limit_kernel, open_kernel
 from mra_kernels._triton.keys_estimate import STEPS, estimate_kernel
-from mra_kernels._triton.keys_tables import KeyCosts, key_tables
+from mra_kernels._triton.keys_tables import key_facts, tables_of
 from mra_kernels._triton.plan import bits_of
 from mra_kernels._triton.pooling import pooled
 from mra_kernels.config import MraKeysConfig
-from mra_kernels.features import ByteFeatures
 from mra_kernels.keys import KeyChoice
 from mra_kernels.masks import AttentionMask
 from mra_kernels.reference import for_blind_rows
@@ -24,9 +22,6 @@ from mra_kernels.scores import ScoreRule
 
 CHUNK = 1024
 """Keys listed at a time: bounds the list of a block, whatever the length."""
-
-_LEAST_RANK = 32
-"""Products of bytes take so many at least."""
 
 
 @torch.library.custom_op("mra_kernels::keys_forward", mutates_args=())
@@ -155,15 +150,14 @@ def keys_triton(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, KeyChoice]:
     """See `mra_kernels._triton.mra_triton`; without gradients."""
-    heads = query.shape[1]
-    tables, costs, budgets = key_tables(mask, config, heads)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    features, tables, budgets = key_facts(query, key, mask, config, float(rule.scaling))
     output, lse, opened, tallies, limits, quotas = keys_forward(
         query,
         key,
         value,
         sinks,
-        _features(query, key, mask, config, rule.scaling),
+        features,
         budgets,
         list(tables[:3]),
         tables.key_valid,
@@ -174,19 +168,8 @@ def keys_triton(
         float(rule.scaling),
         rule.softcap,
     )
-    choice = _choice(opened, tallies, limits, quotas, mask, costs, config.rows, query.shape[:2])
+    choice = _choice(opened, tallies, limits, quotas, mask, config.rows, query.shape[:2])
     return for_blind_rows(output, value, mask, sinks), lse, choice
-
-
-def _features(
-    query: Tensor, key: Tensor, mask: AttentionMask, config: MraKeysConfig, scaling: float
-) -> list[Tensor]:
-    """As `keys_forward` takes them; in float32 whatever autocast says."""
-    with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):
-        made = ByteFeatures.of(query.float(), key.float(), mask, config, scaling)
-    width = max(_LEAST_RANK, tuning.padded(made.key.shape[-1]))
-    wide = (0, width - made.key.shape[-1])
-    return [*(pad(x.to(torch.int8), wide).contiguous() for x in (made.query, made.key)), made.unit]
 
 
 def _choice(
@@ -195,13 +178,13 @@ def _choice(
     limits: Tensor,
     quotas: Tensor,
     mask: AttentionMask,
-    costs: KeyCosts,
     rows: int,
     heads: torch.Size,
 ) -> KeyChoice:
     """The choice as other implementations tell it, worked out when asked for."""
 
     def figures() -> tuple[Tensor, Tensor, int, int, int]:
+        _, costs = tables_of(mask, rows)
         step = torch.arange(tallies.shape[-1], device=tallies.device)
         chosen = (tallies * (step < limits[..., None])).sum(-1) + quotas
         chosen = chosen.unflatten(0, heads)

@@ -1,4 +1,4 @@
-"""What the kernels for single keys are told of a mask: O(N + M) numbers, in torch.
+"""What the kernels for single keys are told of tokens and mask, in torch: O(N + M) numbers.
 
 A block of queries sees keys of one run, and all its rows see every real key of a run inside that:
 those keys are whole, the others are cut by the mask.
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mra_kernels._triton import tuning
+from mra_kernels._triton.mask_tables import END
 from mra_kernels.config import MraKeysConfig
+from mra_kernels.features import ByteFeatures
 from mra_kernels.masks import AttentionMask
 
 
@@ -64,22 +67,35 @@ class KeyCosts(NamedTuple):
         return torch.stack([each[share] for share in shares], 1)
 
 
-def key_tables(
-    mask: AttentionMask, config: MraKeysConfig, heads: int
-) -> tuple[KeyTables, KeyCosts, Tensor]:
-    """Tables, costs and budgets of a mask without a matrix; kept in the mask, outside
-    torch.compile."""
-    shares = config.budget_of_heads(heads)
-    if torch.compiler.is_compiling():
-        tables, costs = _tables(mask, config.rows)
-        return tables, costs, costs.budgets(shares)
-    kept: dict[object, tuple[KeyTables, KeyCosts, Tensor]] = mask.__dict__.setdefault(
-        "_key_tables", {}
-    )
-    if (config.rows, shares) not in kept:
-        tables, costs = _tables(mask, config.rows)
-        kept[config.rows, shares] = tables, costs, costs.budgets(shares)
-    return kept[config.rows, shares]
+def key_facts(
+    query: Tensor, key: Tensor, mask: AttentionMask, config: MraKeysConfig, scaling: float
+) -> tuple[list[Tensor], KeyTables, Tensor]:
+    """Features, tables and `KeyCosts.budgets`, as `keys_forward` takes them; what is said of the
+    mask, which has no matrix, is kept in it."""
+    rows, shares = config.rows, config.budget_of_heads(query.shape[1])
+    tables, costs = tables_of(mask, rows)
+    budgets = mask.kept(("key_budgets", rows, shares), lambda: costs.budgets(shares))
+    return _features(query, key, mask, config, scaling), tables, budgets
+
+
+def _features(
+    query: Tensor, key: Tensor, mask: AttentionMask, config: MraKeysConfig, scaling: float
+) -> list[Tensor]:
+    """In float32 whatever autocast says."""
+    with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):
+        made = ByteFeatures.of(query.float(), key.float(), mask, config, scaling)
+    wide = (0, padded_rank(made.key.shape[-1]) - made.key.shape[-1])
+    return [*(pad(x.to(torch.int8), wide).contiguous() for x in (made.query, made.key)), made.unit]
+
+
+def padded_rank(rank: int) -> int:
+    """Features are padded to so many: products of bytes take 32 at least."""
+    return max(32, tuning.padded(rank))
+
+
+def tables_of(mask: AttentionMask, rows: int) -> tuple[KeyTables, KeyCosts]:
+    """Of a mask without a matrix; kept in the mask."""
+    return mask.kept(("key_tables", rows), lambda: _tables(mask, rows))
 
 
 def _tables(mask: AttentionMask, rows: int) -> tuple[KeyTables, KeyCosts]:
@@ -96,9 +112,10 @@ def _tables(mask: AttentionMask, rows: int) -> tuple[KeyTables, KeyCosts]:
         return pad(values, (0, -n % rows), value=other).unflatten(1, (-1, rows))
 
     live, entries = blocks(seen.long(), 0).sum(-1), blocks(legal, 0).sum(-1)
-    whole_first, whole_stop = blocks(start, 0).amax(-1), blocks(stop, m).amin(-1)
+    # Not m, which is no constant for torch.compile.
+    whole_first, whole_stop = blocks(start, 0).amax(-1), blocks(stop, END).amin(-1).clamp(max=m)
     whole_stop = torch.maximum(whole_stop * (live > 0), whole_first)
-    seen_first, seen_stop = blocks(start, m).amin(-1), blocks(stop, 0).amax(-1)
+    seen_first, seen_stop = blocks(start, END).amin(-1), blocks(stop, 0).amax(-1)
     seen_first = torch.minimum(seen_first, seen_stop)
 
     whole_keys = whole_stop - whole_first

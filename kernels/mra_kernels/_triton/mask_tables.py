@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from mra_kernels.config import MraAttentionConfig
 from mra_kernels.masks import AttentionMask
 
-_END = 1 << 62
+END = 1 << 62
 """Beyond every key."""
 
 
@@ -76,14 +76,16 @@ class RowCosts(NamedTuple):
         return (worth - spent).contiguous()
 
 
-def mask_tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables, RowCosts]:
-    """Of a mask without a matrix; kept in the mask, outside torch.compile."""
-    if torch.compiler.is_compiling():
-        return _tables(mask, query_rows, side)
-    shape, kept = (query_rows, side), mask.__dict__.setdefault("_tables", {})
-    if shape not in kept:
-        kept[shape] = _tables(mask, query_rows, side)
-    return kept[shape]
+def mask_tables(mask: AttentionMask, config: MraAttentionConfig) -> tuple[MaskTables, Tensor]:
+    """Of a mask without a matrix, and `RowCosts.budgets`; kept in the mask."""
+    shape, rule = config.block_shapes[0], (config.budget, config.blocks_per_row, config.scope)
+    tables, costs = tables_of(mask, *shape)
+    return tables, mask.kept(("budgets", shape, rule), lambda: costs.budgets(config))
+
+
+def tables_of(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables, RowCosts]:
+    """Of a mask without a matrix; kept in the mask."""
+    return mask.kept(("tables", query_rows, side), lambda: _tables(mask, query_rows, side))
 
 
 def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables, RowCosts]:
@@ -101,8 +103,8 @@ def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables
 
     queries = rows_of(counts.long(), counts, 0).sum(-1)
     # Not m, which is no constant for torch.compile.
-    inner = rows_of(start, counts, 0).amax(-1), rows_of(stop, counts, _END).amin(-1).clamp(max=m)
-    outer = rows_of(start, seen, _END).amin(-1).clamp(max=m), rows_of(stop, seen, 0).amax(-1)
+    inner = rows_of(start, counts, 0).amax(-1), rows_of(stop, counts, END).amin(-1).clamp(max=m)
+    outer = rows_of(start, seen, END).amin(-1).clamp(max=m), rows_of(stop, seen, 0).amax(-1)
     entries = rows_of(legal, seen, 0).sum(-1)
 
     valid = mask.key_valid
