@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,6 +83,22 @@ def test_registrations_agree():
         )
 
 
+@pytest.mark.parametrize("padding", [False, True])
+def test_registrations_for_export_agree(padding):
+    from mra_kernels._triton import exported
+
+    query, key, _, valid = padded(40, 40)
+    mask = AttentionMask.causal(40)
+    told = mask.start, mask.stop, *([valid, valid] if padding else [None, None]), 40
+    for operator, arguments in (
+        (exported._mask_tables, (*told, 64, 16, 0.3, 2, "row")),
+        (exported._mask_tables, (*told, 16, 16, 0.3, None, "head")),
+        (exported._key_facts, (query, key, *told, 16, 24, [0.3] * 4, 0.25)),
+    ):
+        utilities = "test_schema", "test_faketensor"
+        torch.library.opcheck(operator, arguments, test_utils=utilities)
+
+
 def test_meta_tensors():
     meta = [x.to("meta") for x in tokens(dtype=torch.float16)]
     result = attend(*meta, AttentionMask.causal(70, device="meta"))
@@ -110,14 +129,53 @@ def test_compiled_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_export():
-    class Attention(torch.nn.Module):
-        def forward(self, query, key, value):
-            return attend(query, key, value).output
+@pytest.mark.parametrize(("config", "strict"), [(CONFIG, True), (KEYS, False)])
+def test_export_for_all_lengths(config, strict):
+    """Of one block, too, and for other batches: bits as in the call."""
+    attention, dtype = Padded(config, of_queries=False), torch.bfloat16 if strict else torch.float32
+    batch, n, m = (torch.export.Dim(x) for x in "bnm")
+    shapes = {0: batch, 2: n}, {0: batch, 2: m}, {0: batch, 2: m}, {0: batch, 1: m}
+    program = torch.export.export(
+        attention, padded(70, 90, dtype=dtype), dynamic_shapes=shapes, strict=strict
+    )
+    assert "_forward.default" in program.graph_module.code
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    graph = torch.export.load(file).module()
+    for n, m, batch in ((70, 90, 2), (600, 130, 1), (5, 40, 3), (1, 1, 1)):
+        call = padded(n, m, batch, dtype)
+        assert torch.equal(graph(*call), attention(*call)), (n, m, batch)
 
-    program = torch.export.export(Attention(), tuple(tokens()))
-    assert "mra_kernels.mra_forward" in program.graph_module.code
-    assert torch.equal(program.module()(*tokens()), attend(*tokens()).output)
+
+def test_exported_gradients():
+    """Of an export for self-attention of all lengths."""
+    batch, n = torch.export.Dim("b"), torch.export.Dim("n")
+    shapes = *[{0: batch, 2: n}] * 3, {0: batch, 1: n}
+    program = torch.export.export(Padded(CONFIG), padded(70, 70), dynamic_shapes=shapes)
+    grads = []
+    for call in (program.module(), Padded(CONFIG)):
+        *leaves, valid = padded(200, 200, 3)
+        leaves = [x.requires_grad_() for x in leaves]
+        grads.append(torch.autograd.grad(call(*leaves, valid).square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_exported_programs_find_their_operators():
+    """In a process that never called one."""
+    names = "mask_tables", "mra_forward", "mra_backward", "key_facts", "keys_forward"
+    code = "import torch, mra_kernels.operators\n" + "\n".join(
+        f"torch.ops.mra_kernels.{name}.default" for name in names
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_exported_lengths_have_the_limit_of_calls(monkeypatch):
+    """Known when the graph runs."""
+    graph = torch.export.export(Padded(CONFIG), padded(70, 70)).module()
+    monkeypatch.setattr("mra_kernels._triton._MOST_ENTRIES", 4000)
+    with pytest.raises(ValueError, match=r"^triton counts .*, got 70 x 70 entries; export with .*"):
+        graph(*padded(70, 70))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

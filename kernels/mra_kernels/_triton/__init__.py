@@ -64,10 +64,18 @@ def reason_against(
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if wanted and isinstance(config, MraKeysConfig):
         return "triton has no backward pass for single keys ('mra')"
-    if mask is not None and isinstance(config, MraAttentionConfig):
-        entries, (rows, side) = mask.n_queries * mask.n_keys, config.block_shapes[0]
-        if entries > _MOST_ENTRIES or entries / rows / side > _MOST_PAIRS:
-            return f"triton counts {_MOST_ENTRIES:.1e} entries and {_MOST_PAIRS:.1e} blocks a head"
+    later = torch.compiler.is_exporting()  # when the graph runs
+    if mask is not None and isinstance(config, MraAttentionConfig) and not later:
+        return against_lengths(mask.n_queries, mask.n_keys, *config.block_shapes[0])
+    return None
+
+
+def against_lengths(n_queries: int, n_keys: int, query_rows: int, side: int) -> str | None:
+    """Why the kernels can't take so many blocks of ``query_rows`` by ``side``, as
+    `reason_against`."""
+    entries = n_queries * n_keys
+    if entries > _MOST_ENTRIES or entries > _MOST_PAIRS * query_rows * side:
+        return f"triton counts {_MOST_ENTRIES:.1e} entries and {_MOST_PAIRS:.1e} blocks a head"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels._triton.backward import gradients
+from mra_kernels._triton.exported import exported_mask_tables
 from mra_kernels._triton.forward import attend
 from mra_kernels._triton.mask_tables import MaskTables, mask_tables
 from mra_kernels._triton.plan import Settings, selection_of
@@ -232,7 +233,8 @@ def mra_triton(
     means: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """See `mra_kernels._triton.mra_triton`."""
-    tables, budgets = mask_tables(mask, config)
+    described = exported_mask_tables if torch.compiler.is_exporting() else mask_tables
+    tables, budgets = described(mask, config)
     query, key, value = (_readable(x) for x in (query, key, value))
     output, lse, _, opened, rescued, q_means, k_means, *_ = mra_forward(
         query,

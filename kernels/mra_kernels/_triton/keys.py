@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels._triton import tuning
+from mra_kernels._triton.exported import exported_key_facts, some_size
 from mra_kernels._triton.keys_attention import attend_kernel, tail_kernel
 from mra_kernels._triton.keys_choice import limit_kernel, open_kernel
 from mra_kernels._triton.keys_estimate import STEPS, estimate_kernel
@@ -126,6 +127,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, n, _), (m, value_width) = query.shape, value.shape[2:]
     flat, blocks = batch * heads, tables[1].shape[1]
+    words = some_size() if torch.compiler.is_exporting() else -(-m // 32)
 
     def whole(*shape: Any) -> Tensor:
         return query.new_empty(shape, dtype=torch.int32)
@@ -133,7 +135,7 @@ def _(
     return (
         value.new_empty(batch, heads, n, value_width),
         query.new_empty((batch, heads, n), dtype=torch.float32),
-        whole(flat, blocks, -(-m // 32)),
+        whole(flat, blocks, words),
         whole(flat, blocks, STEPS.value),
         whole(flat, blocks),
         whole(flat, blocks),
@@ -151,7 +153,8 @@ def keys_triton(
 ) -> tuple[Tensor, Tensor, KeyChoice]:
     """See `mra_kernels._triton.mra_triton`; without gradients."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    features, tables, budgets = key_facts(query, key, mask, config, float(rule.scaling))
+    prepared = exported_key_facts if torch.compiler.is_exporting() else key_facts
+    features, tables, budgets = prepared(query, key, mask, config, float(rule.scaling))
     output, lse, opened, tallies, limits, quotas = keys_forward(
         query,
         key,
