@@ -44,16 +44,21 @@ def test_constructors(mask, expected):
 
 
 @pytest.mark.parametrize("side", [1, 4, 7, 32])
-@pytest.mark.parametrize("dense", [False, True])
-def test_tiles_and_counts_agree_with_the_matrix(side, dense):
+@pytest.mark.parametrize("own", ["matrix", "padding", "intervals"])
+def test_tiles_and_counts_agree_with_the_matrix(side, own):
+    """Of the two in a batch, each has its own."""
     generator = torch.Generator().manual_seed(side)
-    if dense:
+    if own == "matrix":
         visible = torch.rand(2, N, 19, generator=generator) < 0.5
         mask = AttentionMask.from_dense(visible)
         assert mask.dense is not None
     else:
         valid = torch.rand(2, 19, generator=generator) < 0.7
-        mask = AttentionMask.causal(N, 19, offset=1, window=9).with_padding(valid)
+        mask = AttentionMask.causal(N, 19, offset=1, window=9)
+        if own == "intervals":
+            low = torch.stack([mask.start[0], mask.stop[0] // 2])
+            mask, valid = AttentionMask(low, mask.stop.expand(2, -1), 19), valid[:1]
+        mask = mask.with_padding(valid)
         visible = mask.rows(0, N)
     rows, cols = -(-N // side), -(-19 // side)
     batch, row, col = (

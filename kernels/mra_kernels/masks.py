@@ -349,8 +349,9 @@ class AttentionMask:
         high = torch.maximum(low, high).clamp(max=self.n_keys)
         low = low.clamp(max=self.n_keys)
         if batch is None:
-            shape = (prefix.shape[0], low.shape[1])
-            return prefix.gather(1, high.expand(shape)) - prefix.gather(1, low.expand(shape))
+            entries = max(prefix.shape[0], low.shape[0])
+            prefix, low, high = (x.expand(entries, -1) for x in (prefix, low, high))
+            return prefix.gather(1, high) - prefix.gather(1, low)
         of = _index(batch, prefix.shape[0])[:, None]
         return prefix[of, high] - prefix[of, low]
 
