@@ -208,6 +208,11 @@ def coarse_cols_kernel(
                 ROWS, KEYS, rows, cols, words, scaling, softcap, D, DP, DV, DVP,
                 BLOCK, CAPPED, PRECISION,
             )  # fmt: skip
+            # What `row_dots` read again takes registers only from here on.
+            if x.dtype == tl.float32 and DP > 128:
+                x = load_rows(x_base, row, sxn, inside, D, DP)
+            if x.dtype == tl.float32 and DVP > 128:
+                grad = load_rows(grad_base, row, sgn, inside, DV, DVP)
             dk = tl.dot(tl.trans(ddots).to(x.dtype), x, dk, input_precision=PRECISION)
             dv = tl.dot(tl.trans(weights).to(x.dtype), grad, dv, input_precision=PRECISION)
     col = afresh(tl.program_id(0), n) * CB + tl.arange(0, CB)
