@@ -228,7 +228,7 @@ def test_tiles_of_128_rows_over_blocks_of_32(executor, monkeypatch):
     from mra_kernels._triton import tuning
 
     for kernel in ("forward", "backward_query", "backward_key"):
-        wide = tuning.Tiles(128, 128, 8, 2)
+        wide = tuning.Tiles(128, 128, 8, 2, tight=True)
         monkeypatch.setitem(tuning.OVERRIDES, (kernel, 16, torch.float32), wide)
     tokens = [x.requires_grad_() for x in make_qkv(5, n=300, m=300, d=16, dtype=torch.float32)]
     config, mask = MraAttentionConfig((32, 1), 0.2), AttentionMask.causal(300)

@@ -171,9 +171,10 @@ def _key_step(
     scaling, softcap, dk, dv,
     PART: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    TIGHT: tl.constexpr,
 ):  # fmt: skip
-    q = load_tokens(Q, entry, sqn, n, PART, BM, D, DP, PLAIN)
-    grad = load_tokens(GRAD, entry, sgn, n, PART, BM, DV, DVP, PLAIN)
+    q = load_tokens(Q, entry, sqn, n, PART, BM, D, DP, PLAIN, TIGHT)
+    grad = load_tokens(GRAD, entry, sgn, n, PART, BM, DV, DVP, PLAIN, TIGHT)
     query = tokens_of(entry, PART, BM)
     inside = query < n
     norm = load_norm(NORM, query, inside)
@@ -213,6 +214,7 @@ def backward_key_kernel(
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     COARSE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TIGHT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values. Grid: (tiles of ``BN`` keys, batch * key heads)."""
     tile = tl.program_id(0)
@@ -259,7 +261,7 @@ def backward_key_kernel(
                 dk, dv = _key_step(
                     k, v, K, V, there, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n,
                     INTERVALS, here, seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
-                    PART, BM, D, DP, DV, DVP, CAPPED, True, PRECISION,
+                    PART, BM, D, DP, DV, DVP, CAPPED, True, PRECISION, TIGHT,
                 )  # fmt: skip
             for at in tl.range(n_plain, n_listed, STEP, num_stages=STAGES):
                 here = entry_of_tokens(a, b, c, d, PART, BM)
@@ -267,7 +269,7 @@ def backward_key_kernel(
                 dk, dv = _key_step(
                     k, v, K, V, there, q_base, grad_base, TOTAL + flat * n, DELTA + flat * n,
                     INTERVALS, here, seen, local, n, sqn, sgn, scaling, softcap, dk, dv,
-                    PART, BM, D, DP, DV, DVP, CAPPED, False, PRECISION,
+                    PART, BM, D, DP, DV, DVP, CAPPED, False, PRECISION, TIGHT,
                 )  # fmt: skip
     key = afresh(tile, m) * BN + tl.arange(0, BN)
     there = key < m
@@ -355,9 +357,10 @@ def gradients(
         if kernel == "backward_key":
             length, tile, part = (m, bn, min(bm, settings.query_rows))
         chunk = min(CHUNK, tuning.padded(-(-listed // part)))
-        return -(-length // tile), {
-            "BM": bm, "BN": bn, "CHUNK": chunk, "STAGES": tiles.stages, **tiles.options,
-        }  # fmt: skip
+        shapes = {"BM": bm, "BN": bn, "CHUNK": chunk, "STAGES": tiles.stages, **tiles.options}
+        if kernel == "backward_key":
+            shapes["TIGHT"] = tiles.tight
+        return -(-length // tile), shapes
 
     tiles, shapes = cut("backward_query", m)
     lists = opened.new_empty((batch * heads, tiles, shapes["CHUNK"]))

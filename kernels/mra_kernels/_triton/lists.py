@@ -116,10 +116,20 @@ def entry_of_tokens(a, b, c, d, SIDE: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def rows_at(base, entry, stride, SIDE: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr):
-    """Pointers ``[BN, DP]`` to the tokens of blocks; `entry_of_tokens` says of which."""
+def rows_at(
+    base, entry, stride, SIDE: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
+    TIGHT: tl.constexpr,
+):  # fmt: skip
+    """Pointers ``[BN, DP]`` to the tokens of blocks; `entry_of_tokens` says of which.
+
+    Offsets within a block stay in registers during a loop, unless those are ``TIGHT``: an
+    instruction or two more for each row that a thread loads.
+    """
     lane = tl.arange(0, BN)
     d = tl.arange(0, DP)
+    if TIGHT:
+        token = tokens_of(entry, SIDE, BN).to(tl.int64)
+        return base + (token * stride)[:, None] + d[None, :]
     block = ((entry & BLOCK) * SIDE).to(tl.int64) * stride
     if SIDE == BN:
         return base + block + (lane * stride)[:, None] + d[None, :]
@@ -130,10 +140,10 @@ def rows_at(base, entry, stride, SIDE: tl.constexpr, BN: tl.constexpr, DP: tl.co
 @triton.jit
 def load_tokens(
     base, entry, stride, n, SIDE: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, WHOLE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, WHOLE: tl.constexpr, TIGHT: tl.constexpr = False,
 ):  # fmt: skip
     """Tokens of blocks, ``[BN, DP]``; 0 beyond the last of ``n``, unless all are ``WHOLE``."""
-    at = rows_at(base, entry, stride, SIDE, BN, DP)
+    at = rows_at(base, entry, stride, SIDE, BN, DP, TIGHT)
     d = tl.arange(0, DP)
     if WHOLE and D == DP:
         return tl.load(at)

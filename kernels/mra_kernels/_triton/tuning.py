@@ -19,6 +19,8 @@ class Tiles(NamedTuple):
         stages: Tiles of keys and values in flight.
         registers: Most that a thread may use (NVIDIA), so that programs share a multiprocessor;
             None: as many as the compiler likes.
+        tight: ``backward_key`` works offsets of rows out at every step, an instruction or two each,
+            instead of keeping them in registers.
     """
 
     rows: int
@@ -26,6 +28,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    tight: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -109,6 +112,8 @@ def table(
         return Tiles(128, 64, 8, 2, registers)
     if capability == (9, 0) and (kernel, place) == ("forward", 1):
         return Tiles(64, 64, 4, 2)
+    if capability[0] in (9, 10) and (kernel, place) == ("backward_key", 1):
+        return Tiles(64, 64, 8, 2, tight=True)
     if capability[0] == 12 and (kernel, place) == ("backward_key", 0):
         return Tiles(32, 64, 4, 2)
     if capability not in _LARGE and (kernel, place) == ("backward_query", 2):
