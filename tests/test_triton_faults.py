@@ -110,8 +110,8 @@ FAULTS = [
     Fault(
         "coarse term of another tile",
         forward.forward_kernel,
-        "at = flat * rows + first_row",
-        "at = flat * rows",
+        "tl.minimum(first_row + each, rows - 1)",
+        "each",
         "shared lists",
     ),
     Fault(
@@ -174,7 +174,7 @@ FAULTS = [
     ),
     Fault(
         "parts of a split are not rescaled",
-        primitives.merged,
+        primitives.merged_mass,
         "mass * mine + more * theirs",
         "mass + more",
         "few queries",

@@ -29,6 +29,7 @@ from mra_kernels._triton.primitives import (
     load_rows,
     logits_of,
     merged,
+    merged_mass,
     row_dots,
     run_of_rows,
     softmax_step,
@@ -169,6 +170,8 @@ def forward_kernel(
             more = tl.load(PARTS + at * 2 + 1, mask=inside, other=0.0)
             coarse = load_rows(sums, at, DV, inside, DV, DVP)
             peak, mass, weighted = merged(peak, mass, weighted, other, more, coarse)
+        begin = tl.load(INTERVALS + query.to(tl.int64) * 2, mask=inside, other=0)
+        stop = tl.load(INTERVALS + query.to(tl.int64) * 2 + 1, mask=inside, other=0)
 
     seeing = begin < stop
     to = flat * n + query
@@ -176,17 +179,21 @@ def forward_kernel(
     tl.store(LSE + to, lse, mask=inside)
     row = query // QUERY_ROWS
     if COARSE == 1:
-        if TILE_ROWS == 1:  # one row for all, which takes no registers
+        if TILE_ROWS == 1:
             at = flat * rows + first_row
-            d = tl.arange(0, DVP)
             other, more = tl.load(PEAK + at), tl.load(MASS + at)
-            coarse = tl.load(WEIGHTED + at * DV + d, mask=d < DV, other=0.0)[None, :]
         else:
             at = flat * rows + row
             other = tl.load(PEAK + at, mask=inside, other=float("-inf"))
             more = tl.load(MASS + at, mask=inside, other=0.0)
-            coarse = load_rows(WEIGHTED, at, DV, inside, DV, DVP)
-        peak, mass, weighted = merged(peak, mass, weighted, other, more, coarse)
+        peak, mass, mine, theirs = merged_mass(peak, mass, other, more)
+        weighted = weighted * mine[:, None]
+        d = tl.arange(0, DVP)
+        for each in tl.static_range(TILE_ROWS):  # one at a time, which takes few registers
+            at = flat * rows + tl.minimum(first_row + each, rows - 1)
+            coarse = tl.load(WEIGHTED + at * DV + d, mask=d < DV, other=0.0)
+            share = theirs if TILE_ROWS == 1 else tl.where(row == first_row + each, theirs, 0.0)
+            weighted += share[:, None] * coarse[None, :]
     if COARSE == 2:
         whole_first, whole_stop, _, _ = block_row_facts(ROWS, row, inside)
         K_MEANS += (batch * (heads // GROUP) + head // GROUP) * room * D

@@ -141,16 +141,19 @@ def load_norm(NORM, at, inside):
 
 
 @triton.jit
-def merged(peak, mass, weighted, other, more, added):
-    """Two softmaxes, peaks in base 2, as one."""
+def merged_mass(peak, mass, other, more):
+    """Two softmaxes, peaks in base 2, as one: peak, mass, and what scales the values of each."""
     higher = tl.maximum(peak, other)
     base = tl.where(higher == float("-inf"), 0.0, higher)
     mine, theirs = tl.math.exp2(peak - base), tl.math.exp2(other - base)
-    return (
-        higher,
-        mass * mine + more * theirs,
-        weighted * mine[:, None] + added * theirs[:, None],
-    )
+    return higher, mass * mine + more * theirs, mine, theirs
+
+
+@triton.jit
+def merged(peak, mass, weighted, other, more, added):
+    """The same with their weighted values."""
+    peak, mass, mine, theirs = merged_mass(peak, mass, other, more)
+    return peak, mass, weighted * mine[:, None] + added * theirs[:, None]
 
 
 @triton.jit
