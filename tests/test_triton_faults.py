@@ -16,8 +16,9 @@ pytestmark = [
 triton = pytest.importorskip("triton")
 
 from mra_kernels._triton import (  # noqa: E402
-    backward,
     backward_coarse,
+    backward_key,
+    backward_query,
     forward,
     lists,
     pairs,
@@ -136,21 +137,21 @@ FAULTS = [
     ),
     Fault(
         "no delta",
-        backward._query_step,
+        backward_query._query_step,
         "(dots - delta[:, None])",
         "dots",
         examine=check_gradients,
     ),
     Fault(
         "mask edge of gradients",
-        backward._key_step,
+        backward_key._key_step,
         "< stop[None, :]",
         "<= stop[None, :]",
         examine=check_gradients,
     ),
     Fault(
         "one head of the group",
-        backward.backward_key_kernel,
+        backward_key.backward_key_kernel,
         "head = kv_head * GROUP + each",
         "head = kv_head * GROUP",
         "block per row",
@@ -166,7 +167,7 @@ FAULTS = [
     ),
     Fault(
         "share of the coarse gradient",
-        backward.backward_key_kernel,
+        backward_key.backward_key_kernel,
         "1 / tl.maximum(share, 1.0)",
         "1 / SIDE",
         "mra2 padded",
@@ -195,6 +196,14 @@ FAULTS = [
         "((entry & BLOCK) * SIDE).to(tl.int64) * stride",
         "((entry & BLOCK) * SIDE) * stride",
         "few queries",
+    ),
+    Fault(
+        "offsets of 32 bits where registers are tight",
+        lists.rows_at,
+        "tokens_of(entry, SIDE, BN).to(tl.int64)",
+        "tokens_of(entry, SIDE, BN)",
+        "shared lists",
+        check_gradients,
     ),
     Fault("ties go to the last", pairs.sort_keys, "(_LAST_INDEX - index)", "index"),
     Fault("the first to arrive goes on", threshold.head_threshold_kernel, "- 1:\n", "- 2:\n"),
@@ -248,7 +257,7 @@ FAULTS = [
     ),
     Fault(
         "keys of another head",
-        backward.backward_query_kernel,
+        backward_query.backward_query_kernel,
         "head // GROUP * skh",
         "head % (heads // GROUP) * skh",
         "mra2 padded",
@@ -263,7 +272,7 @@ FAULTS = [
     ),
     Fault(
         "means of another head, per query",
-        backward.backward_query_kernel,
+        backward_query.backward_query_kernel,
         "flat // GROUP * cols * DV",
         "flat * cols * DV",
         "per query",

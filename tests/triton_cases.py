@@ -36,6 +36,7 @@ class Setting:
         limits: Whether lists are cut every 8 blocks and no 32 candidates are written down, so that
             calls of hundreds of tokens take the ways that else those of thousands take.
         in_tiles: Blocks are chosen by several programs a head, as in long sequences.
+        tight: As in `Tiles`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Setting:
     gradients: bool = False
     limits: bool = True
     in_tiles: bool = False
+    tight: bool = False
 
 
 def _config(side: int, **fields: object) -> MraAttentionConfig:
@@ -89,7 +91,7 @@ SETTINGS = [
     ),
     Setting(
         "shared lists", BF16, (96, 80), 2, _config(32, query_rows=128, diagonal_blocks=1),
-        gradients=True, in_tiles=True,
+        gradients=True, in_tiles=True, tight=True,
     ),
     Setting(
         "shared by half a tile", F32, (32, 48), 1,
@@ -306,7 +308,8 @@ def plainly(kernel, grid, arguments, settings):
 
 @contextmanager
 def limits_of(setting: Setting) -> Iterator[None]:
-    """See `Setting.limits` and `Setting.in_tiles`."""
+    """See `Setting.limits`, `Setting.in_tiles` and `Setting.tight`."""
+    table = tuning.table
     chunk = 32 if setting.queries[1] <= 16 else 8  # few queries take a quarter of it
     with (
         mock.patch.object(forward, "CHUNK", chunk if setting.limits else forward.CHUNK),
@@ -314,6 +317,9 @@ def limits_of(setting: Setting) -> Iterator[None]:
         mock.patch.object(selection, "CANDIDATES", 32 if setting.limits else selection.CANDIDATES),
         mock.patch.object(
             selection, "LARGEST_TILE", 0 if setting.in_tiles else selection.LARGEST_TILE
+        ),
+        mock.patch.object(
+            tuning, "table", lambda *asked: table(*asked)._replace(tight=setting.tight)
         ),
     ):
         yield
