@@ -53,6 +53,12 @@ MMA_SYNC = {
 }
 """Kernels whose tiles are too small for the matrix instructions of Hopper and Blackwell."""
 
+SPILLS = {
+    "sm_100 d256 forward_kernel": "34 words; tiles without take 1.8 times the instructions",
+    "sm_100 backward d256 backward_query_kernel": "119 words; the same, 1.6 times",
+}
+"""Kernels that spill, outside the loops where the time goes."""
+
 
 def excepted(name, patterns):
     return any(fnmatch(name, pattern) for pattern in patterns)
@@ -64,9 +70,10 @@ def test_kernels_compile_well(architecture, case):
     for name, row in figures(architecture, case).items():
         assert row.programs >= 1, f"{name} can't be launched: {row}"
         assert row.programs >= 2 or excepted(name, ONE_PROGRAM), f"{name}: {row}"
-        assert row.spills == 0, f"{name} spills: {row}"
+        assert row.spills == 0 or excepted(name, SPILLS), f"{name} spills: {row}"
         if row.kernel in MAIN and "fp32" not in case:
             assert row.pipelined, f"{name} waits for its loads: {row}"
+            assert row.loop_spills == 0, f"{name} spills in its loops: {row}"
             fast = "HMMA" if excepted(name, MMA_SYNC) else MATRIX[architecture]
             kinds = [kind for kind in row.matrix if kind.startswith(fast)]
             assert kinds, f"{name} misses the tensor cores: {row.matrix}"
@@ -78,6 +85,7 @@ def test_kernels_compile_well(architecture, case):
         if version == triton.__version__:
             known = before[name]
             better = "if that is wanted: make baseline"
+            assert row.spills <= known.spills, f"{name} spills more than {known.spills}; {better}"
             assert row.loop <= known.loop * 1.05, (
                 f"{name}: {row.loop} instructions in the loop, {known.loop} before; {better}"
             )

@@ -70,7 +70,7 @@ CASES = [
     Case("d32 side 16", width=32, side=16, kernels=_ATTEND, architectures=_TWO),
     Case("d40 to 96", width=40, value_width=96, kernels=_ATTEND, architectures=_TWO),
     Case("d80 side 64", width=80, side=64, kernels=_ATTEND, architectures=_TWO),
-    Case("d256", width=256, kernels=_ATTEND, architectures=_SMALL_TOO),
+    Case("d256", width=256, kernels=_ATTEND),
     Case("decode d64", queries=1, kernels=_ATTEND, architectures=_TWO),
     Case("decode d128", width=128, queries=16, kernels=_ATTEND, architectures=_TWO),
     Case("fp32 d64", _FP32, kernels=_ATTEND, architectures=_TWO),
@@ -90,7 +90,7 @@ CASES = [
         "backward d80 to 40", width=80, value_width=40, side=64, backward=True, kernels=_GRADIENTS,
         architectures=_TWO,
     ),
-    Case("backward d256", width=256, backward=True, architectures=_SMALL_TOO),
+    Case("backward d256", width=256, backward=True),
     Case("backward fp32 d64", _FP32, backward=True, kernels=_GRADIENTS, architectures=_SMALL_TOO),
     Case(
         "backward fp32 d128", _FP32, width=128, backward=True, kernels=_GRADIENTS,
