@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mra_kernels._triton import tuning
-from mra_kernels._triton.backward_coarse import column_gradients, prepare, row_gradients
+from mra_kernels._triton.backward_coarse import column_gradients, row_gradients
 from mra_kernels._triton.backward_key import backward_key_kernel
+from mra_kernels._triton.backward_prepare import prepare
 from mra_kernels._triton.backward_query import backward_query_kernel
 from mra_kernels._triton.forward import CHUNK, COARSE
 from mra_kernels._triton.mask_tables import MaskTables
