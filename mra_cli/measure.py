@@ -158,8 +158,11 @@ def with_resident_bytes(function: Callable[[], T], device: torch.device) -> tupl
 
 
 def peak_process_bytes() -> int:
-    """Most memory this process has held so far."""
-    import resource  # a Unix module
+    """Most memory this process has held so far, on Linux since `with_resident_bytes`."""
+    try:
+        return _status_bytes("VmHWM")
+    except (OSError, ValueError):
+        import resource  # a Unix module; Linux would count what a parent held
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from architectures import ARCHITECTURES
+from cli_support import python
 from mra_cli.analyze import _listed, _verdict, analyze, choose_sites
 from mra_cli.checkpoint import Checkpoint
 from mra_cli.errors import InputError, UnsupportedModelError
@@ -286,3 +287,12 @@ def test_json_on_stdout_is_alone(minilm):
     listed = run("check", "--json", "-")
     assert len(json.loads(listed.stdout)["sites"]) == 6
     assert listed.stderr == ""
+
+
+def test_memory_is_that_of_this_process():
+    """Not of its parent, which getrusage counts, too."""
+    held = bytearray(1 << 30)
+    held[::4096] = b"x" * (1 << 18)
+    code = "from mra_cli.measure import peak_process_bytes; print(peak_process_bytes())"
+    done = subprocess.run(**python("-c", code), capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(held)

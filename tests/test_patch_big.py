@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import resource
 import struct
 import subprocess
 from pathlib import Path
@@ -15,6 +15,7 @@ import transformers
 from cli_support import python
 from mra_cli import export, fresh
 from mra_cli.inputs import dry_run
+from mra_cli.measure import with_resident_bytes
 from mra_cli.methods import make_method
 from mra_cli.patching import patched
 from mra_cli.prepare import prepare
@@ -124,10 +125,11 @@ def write_llama_7b(path: Path) -> None:
 
 
 PATCH = """
-import sys, time, resource
+import sys, time
 import transformers, mra_cli.export as export
 from mra_cli.prepare import figures_of, prepare
 from transformers import LlamaForCausalLM
+from mra_cli.measure import peak_process_bytes
 from mra_cli.methods import make_method
 from pathlib import Path
 started = time.perf_counter()
@@ -135,7 +137,7 @@ prepared = prepare(sys.argv[1], method=make_method("mra", 0.25))
 figures, reason = figures_of(prepared)
 export.export(prepared, Path(sys.argv[2]), figures, mode="link")
 seconds = time.perf_counter() - started
-print(len(prepared.plan.sites), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(len(prepared.plan.sites), seconds, peak_process_bytes())
 """
 LOAD = """
 import sys, time
@@ -169,7 +171,6 @@ def test_copying_streams(tmp_path):
 
     with (tmp_path / "a").open("wb") as stream:
         stream.truncate(256 << 20)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    place(tmp_path / "a", tmp_path / "b", "copy")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    copy = functools.partial(place, tmp_path / "a", tmp_path / "b", "copy")
+    assert with_resident_bytes(copy, torch.device("cpu"))[1] < 100 << 20
     (tmp_path / "b").unlink()

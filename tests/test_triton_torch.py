@@ -112,7 +112,7 @@ def test_one_graph_for_all_lengths(config):
 
     counter, attention = CompileCounter(), Padded(config)
     graph = torch.compile(attention, backend=counter, fullgraph=True)
-    for n in (70, 90, 600):
+    for n in (70, 90, 128, 600):
         call = padded(n, n)
         for x in call:
             torch._dynamo.mark_dynamic(x, min(2, x.ndim - 1))
@@ -273,3 +273,12 @@ def test_nothing_looks_at_numbers(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(output, expected)
     assert all(x.isfinite().all() for x in grads)
+    assert not vars(mask).get("_kept"), "tables in a graph's memory outlive it"
+
+
+def test_a_mask_that_served_inference_can_train():
+    mask = AttentionMask.causal(70)
+    with torch.inference_mode():
+        attend(*tokens(), mask)
+    leaves = tokens(grad=True)
+    assert torch.autograd.grad(attend(*leaves, mask).output.sum(), leaves)[0].isfinite().all()

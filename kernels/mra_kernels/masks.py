@@ -272,8 +272,7 @@ class AttentionMask:
         queries = self.query_valid
         if queries is not None:
             alone = self.padding_rows(query_rows, queries.shape[0])
-            alone = alone.repeat_interleave(query_rows, dim=1)
-            queries = queries | alone[:, : self.n_queries]
+            queries = queries | of_each(alone, query_rows, self.n_queries)
         return queries, self.key_valid
 
     def padding_rows(self, query_rows: int, batch_size: int) -> Tensor:
@@ -320,14 +319,15 @@ class AttentionMask:
     # --- helpers ------------------------------------------------------------------------------
 
     def kept(self, name: Hashable, make: Callable[[], Fact]) -> Fact:
-        """What ``make`` finds out about the mask, kept for the next call; not by torch.compile and
-        torch.export, whose tensors end with the trace."""
-        if torch.compiler.is_compiling():
+        """What ``make`` finds out about the mask, kept for the next call; not by torch.compile,
+        torch.export and captures of CUDA graphs, whose tensors end with them."""
+        if torch.compiler.is_compiling() or captured(self.start):
             return make()
         # No `cached_property`: in Python 3.11 it takes a lock, which torch.compile can't trace.
         facts: dict[Hashable, Any] = self.__dict__.setdefault("_kept", {})
         if name not in facts:
-            facts[name] = make()
+            with torch.inference_mode(False):  # a later call may train
+                facts[name] = make()
         fact: Fact = facts[name]
         return fact
 
@@ -354,6 +354,16 @@ class AttentionMask:
             return prefix.gather(1, high) - prefix.gather(1, low)
         of = _index(batch, prefix.shape[0])[:, None]
         return prefix[of, high] - prefix[of, low]
+
+
+def captured(tensor: Tensor) -> bool:
+    """Whether what is done with ``tensor`` now becomes part of a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def of_each(blocks: Tensor, rows: int, n: int) -> Tensor:
+    """What is said of blocks of ``rows`` tokens, ``[B, blocks]``, for each of ``n`` tokens."""
+    return blocks.index_select(1, torch.arange(n, device=blocks.device) // rows)
 
 
 def _index(batch: Tensor, size: int) -> Tensor:

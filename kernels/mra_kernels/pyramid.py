@@ -53,13 +53,15 @@ def take_blocks(source: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
 def tiled_rows(tensor: Tensor, rows: int, fill: float) -> Tensor:
     """``[..., n, m]`` cut into blocks of ``rows``: ``[..., blocks, rows, m]``."""
     missing = -tensor.shape[-2] % rows
-    padded = torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=fill) if missing else tensor
-    return padded.unflatten(-2, (-1, rows))
+    if torch.compiler.is_compiling() or missing:  # one graph for both
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=fill)
+    return tensor.unflatten(-2, (-1, rows))
 
 
 def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
     """What is said of blocks of ``rows`` tokens, for each token ``[..., N, D]``."""
-    return blocks.repeat_interleave(rows, 2)[:, :, : tokens.shape[2]]
+    block = torch.arange(tokens.shape[2], device=tokens.device) // rows
+    return blocks.index_select(2, block)
 
 
 def counted_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:

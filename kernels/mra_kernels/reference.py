@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.config import MraAttentionConfig
-from mra_kernels.masks import AttentionMask
+from mra_kernels.masks import AttentionMask, captured
 from mra_kernels.pyramid import block_pyramid, pad_blocks, take_blocks
 from mra_kernels.scores import ScoreRule, gather_bias
 from mra_kernels.selection import BlockPairs, Selection, select_blocks
@@ -323,8 +323,7 @@ def for_blind_rows(
         output: ``[B, H, N, Dv]``.
         value: ``[B, Hkv, M or more, Dv]``.
     """
-    capturing = output.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or output.is_meta or capturing:  # no number to look at
+    if torch.compiler.is_compiling() or output.is_meta or captured(output):  # no number to look at
         blind: Tensor | None = mask.legal_per_row() == 0
     else:
         blind = mask.blind_rows

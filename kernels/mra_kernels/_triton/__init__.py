@@ -64,7 +64,7 @@ def reason_against(
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if wanted and isinstance(config, MraKeysConfig):
         return "triton has no backward pass for single keys ('mra')"
-    later = torch.compiler.is_exporting()  # when the graph runs
+    later = exporting()  # when the graph runs
     if mask is not None and isinstance(config, MraAttentionConfig) and not later:
         return against_lengths(mask.n_queries, mask.n_keys, *config.block_shapes[0])
     return None
@@ -113,6 +113,11 @@ def _against_transforms(given: list[Tensor]) -> str | None:
     if dual or torch._C._are_functorch_transforms_active():
         return "triton has gradients by torch.autograd only, not by torch.func or forward mode"
     return None
+
+
+def exporting() -> bool:
+    """Whether torch.export traces; before 2.7 torch doesn't say."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
 def runs_on_cpu() -> bool:

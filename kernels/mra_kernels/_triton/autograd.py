@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mra_kernels._triton import exporting
 from mra_kernels._triton.backward import gradients
 from mra_kernels._triton.exported import exported_mask_tables
 from mra_kernels._triton.forward import attend
@@ -233,7 +234,7 @@ def mra_triton(
     means: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Selection]:
     """See `mra_kernels._triton.mra_triton`."""
-    described = exported_mask_tables if torch.compiler.is_exporting() else mask_tables
+    described = exported_mask_tables if exporting() else mask_tables
     tables, budgets = described(mask, config)
     query, key, value = (_readable(x) for x in (query, key, value))
     output, lse, _, opened, rescued, q_means, k_means, *_ = mra_forward(

@@ -56,8 +56,8 @@ def _key_step(
             visible = visible & (((entry[None, :] >> (local + WHO)[:, None]) & 1) == 1)
         weights = tl.where(visible, weights, 0.0)
     if q.dtype == tl.float32:  # loaded only now, for want of registers
-        q = load_tokens(Q, entry, sqn, n, PART, BM, D, DP, PLAIN)
-        grad = load_tokens(GRAD, entry, sgn, n, PART, BM, DV, DVP, PLAIN)
+        q = load_tokens(Q, entry, sqn, n, PART, BM, D, DP, PLAIN, TIGHT)
+        grad = load_tokens(GRAD, entry, sgn, n, PART, BM, DV, DVP, PLAIN, TIGHT)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     ddots = weights * (slopes - delta[None, :])
     if CAPPED:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mra_kernels._triton import tuning
+from mra_kernels._triton import exporting, tuning
 from mra_kernels._triton.exported import exported_key_facts, some_size
 from mra_kernels._triton.keys_attention import attend_kernel, tail_kernel
 from mra_kernels._triton.keys_choice import limit_kernel, open_kernel
@@ -127,7 +127,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, heads, n, _), (m, value_width) = query.shape, value.shape[2:]
     flat, blocks = batch * heads, tables[1].shape[1]
-    words = some_size() if torch.compiler.is_exporting() else -(-m // 32)
+    words = some_size() if exporting() else -(-m // 32)
 
     def whole(*shape: Any) -> Tensor:
         return query.new_empty(shape, dtype=torch.int32)
@@ -153,7 +153,7 @@ def keys_triton(
 ) -> tuple[Tensor, Tensor, KeyChoice]:
     """See `mra_kernels._triton.mra_triton`; without gradients."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    prepared = exported_key_facts if torch.compiler.is_exporting() else key_facts
+    prepared = exported_key_facts if exporting() else key_facts
     features, tables, budgets = prepared(query, key, mask, config, float(rule.scaling))
     output, lse, opened, tallies, limits, quotas = keys_forward(
         query,

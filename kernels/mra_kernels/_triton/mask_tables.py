@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mra_kernels.config import MraAttentionConfig
-from mra_kernels.masks import AttentionMask
+from mra_kernels.masks import AttentionMask, of_each
 
 END = 1 << 62
 """Beyond every key."""
@@ -133,7 +133,7 @@ def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables
         low, high = (x.clamp(0, n_blocks) for x in (low, high))
         return blocks_before.gather(1, high) - blocks_before.gather(1, low)
 
-    only_whole = seen & (legal == whole_keys.repeat_interleave(query_rows, 1)[:, :n])
+    only_whole = seen & (legal == of_each(whole_keys, query_rows, n))
     padding = mask.padding_rows(query_rows, batch)
     facts = (
         *(whole_first, whole_stop, seen_first, seen_stop, queries, padding),
