@@ -60,8 +60,10 @@ def tiled_rows(tensor: Tensor, rows: int, fill: float) -> Tensor:
 
 def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
     """What is said of blocks of ``rows`` tokens, for each token ``[..., N, D]``."""
-    block = torch.arange(tokens.shape[2], device=tokens.device) // rows
-    return blocks.index_select(2, block)
+    if torch.compiler.is_compiling():  # one graph, whether or not the last block is whole
+        block = torch.arange(tokens.shape[2], device=tokens.device) // rows
+        return blocks.index_select(2, block)
+    return blocks.repeat_interleave(rows, 2)[:, :, : tokens.shape[2]]
 
 
 def counted_means(tokens: Tensor, counted: Tensor, rows: int) -> Tensor:
