@@ -17,8 +17,8 @@ from mra_cli import __version__
 SOURCES = (
     "mra_cli.errors",
     "mra_kernels.config",
-    "mra_kernels.masks",
     "mra_kernels.pyramid",
+    "mra_kernels.masks",
     "mra_kernels.scores",
     "mra_kernels.exact",
     "mra_kernels.layout",

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mra_kernels.pyramid import each_row
+
 Fact = TypeVar("Fact")
 
 
@@ -272,7 +274,7 @@ class AttentionMask:
         queries = self.query_valid
         if queries is not None:
             alone = self.padding_rows(query_rows, queries.shape[0])
-            queries = queries | of_each(alone, query_rows, self.n_queries)
+            queries = queries | each_row(alone[:, None], queries[:, None], query_rows)[:, 0]
         return queries, self.key_valid
 
     def padding_rows(self, query_rows: int, batch_size: int) -> Tensor:
@@ -359,11 +361,6 @@ class AttentionMask:
 def captured(tensor: Tensor) -> bool:
     """Whether what is done with ``tensor`` now becomes part of a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def of_each(blocks: Tensor, rows: int, n: int) -> Tensor:
-    """What is said of blocks of ``rows`` tokens, ``[B, blocks]``, for each of ``n`` tokens."""
-    return blocks.index_select(1, torch.arange(n, device=blocks.device) // rows)
 
 
 def _index(batch: Tensor, size: int) -> Tensor:

@@ -59,7 +59,8 @@ def tiled_rows(tensor: Tensor, rows: int, fill: float) -> Tensor:
 
 
 def each_row(blocks: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """What is said of blocks of ``rows`` tokens, for each token ``[..., N, D]``."""
+    """What is said of blocks of ``rows`` tokens, ``[B, H, blocks, ...]``, for each of the tokens
+    ``[B, H, N, ...]``."""
     if torch.compiler.is_compiling():  # one graph, whether or not the last block is whole
         block = torch.arange(tokens.shape[2], device=tokens.device) // rows
         return blocks.index_select(2, block)

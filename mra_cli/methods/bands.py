@@ -50,16 +50,16 @@ class Band:
 def half_width(mask: AttentionMask, entries: float) -> int:
     """The half width of the band that holds as near as can be so many legal entries (of one head,
     over the batch of the mask); kept for the next call with this mask."""
-    kept: dict[float, int] = mask.__dict__.setdefault("_half_widths", {})
-    if entries not in kept:
-        own = torch.arange(mask.n_queries, device=mask.start.device) + mask.query_offset
+    own = torch.arange(mask.n_queries, device=mask.start.device) + mask.query_offset
 
-        def inside(half: int) -> float:
-            start = torch.maximum(mask.start, own - half)
-            stop = torch.minimum(mask.stop, own + half + 1)
-            band = replace(mask, start=start, stop=torch.maximum(start, stop))
-            return float(band.legal_per_row().sum())
+    def inside(half: int) -> float:
+        start = torch.maximum(mask.start, own - half)
+        stop = torch.minimum(mask.stop, own + half + 1)
+        band = replace(mask, start=start, stop=torch.maximum(start, stop))
+        return float(band.legal_per_row().sum())
 
+    def found() -> int:
         widest = max(mask.n_keys, mask.n_queries)
-        kept[entries] = widest if inside(widest) <= entries else knob_for(entries, inside, widest)
-    return kept[entries]
+        return widest if inside(widest) <= entries else knob_for(entries, inside, widest)
+
+    return mask.kept(("half_width", entries), found)

@@ -90,13 +90,14 @@ def gradients(
             shapes["TIGHT"] = tiles.tight
         return -(-length // tile), shapes
 
+    per_query = (delta, *means[1:]) if means is not None and peak is None else (None,) * 3
     tiles, shapes = cut("backward_query", m)
     lists = opened.new_empty((batch * heads, tiles, shapes["CHUNK"]))
     tuning.launch(
         backward_query_kernel, (tiles, batch * heads),
         query, key, value, grad, total, pull, dq, opened, tables.rows, tables.keys_per_block,
         tables.intervals, tables.key_valid, tables.query_pooled, coarse_dq, share,
-        *((delta, means[1], means[2]) if means is not None and peak is None else [None] * 3), lists,
+        *per_query, lists,
         *strides, *dq.stride()[:3], heads, *counts, *numbers, **shared, **shapes,
     )  # fmt: skip
     tiles, shapes = cut("backward_key", n)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mra_kernels.config import MraAttentionConfig
-from mra_kernels.masks import AttentionMask, of_each
+from mra_kernels.masks import AttentionMask
+from mra_kernels.pyramid import each_row
 
 END = 1 << 62
 """Beyond every key."""
@@ -90,7 +91,7 @@ def tables_of(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTabl
 
 def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables, RowCosts]:
     legal = mask.legal_per_row()
-    batch, n, m = legal.shape[0], mask.n_queries, mask.n_keys
+    batch, m = legal.shape[0], mask.n_keys
     if mask.query_valid is not None:
         batch = max(batch, mask.query_valid.shape[0])
     legal = legal.expand(batch, -1)
@@ -133,7 +134,7 @@ def _tables(mask: AttentionMask, query_rows: int, side: int) -> tuple[MaskTables
         low, high = (x.clamp(0, n_blocks) for x in (low, high))
         return blocks_before.gather(1, high) - blocks_before.gather(1, low)
 
-    only_whole = seen & (legal == of_each(whole_keys, query_rows, n))
+    only_whole = seen & (legal == each_row(whole_keys[:, None], legal[:, None], query_rows)[:, 0])
     padding = mask.padding_rows(query_rows, batch)
     facts = (
         *(whole_first, whole_stop, seen_first, seen_stop, queries, padding),
